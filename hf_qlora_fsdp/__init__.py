@@ -1,0 +1,35 @@
+"""4-bit QLoRA training, sharded by FSDP2 across the cards you have.
+
+The table of contents, and nothing else: every name is imported when it is first used, so that
+`import hf_qlora_fsdp` costs nothing and `hf-qlora-fsdp --help` answers at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import QLoRAFSDPConfig as QLoRAFSDPConfig
+    from .export import save_adapter as save_adapter
+    from .loader import load_quantized_model as load_quantized_model
+    from .sharding import shard_model as shard_model
+    from .trainer import QLoRAFSDPTrainer as QLoRAFSDPTrainer
+
+_HOME = {
+    "QLoRAFSDPConfig": "config",
+    "QLoRAFSDPTrainer": "trainer",
+    "load_quantized_model": "loader",
+    "save_adapter": "export",
+    "shard_model": "sharding",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,21 @@
+"""The exceptions that this package owns.
+
+What a user can cause is a `ValueError` whose message has three parts: what was given, why it cannot work, what to
+write instead. What remains are failures that no argument could have prevented.
+"""
+
+
+class ShardingError(RuntimeError):
+    """A model that should be sharded is not, or a rank holds a full weight."""
+
+
+class PatchError(RuntimeError):
+    """An upstream object that a patch replaces is not where the patch expects it."""
+
+
+class RankError(RuntimeError):
+    """Another rank failed, so that this one cannot go on. The message carries the rank and what it said."""
+
+
+class UntrainedAdapterError(RuntimeError):
+    """An adapter without a single tensor was about to be written."""

@@ -1,0 +1,122 @@
+"""Processes that work together: how they meet, who speaks, and how they fail.
+
+Every run of this package is distributed, a plain `python script.py` too: it becomes a process group of one, so that
+one path through the code is written, tested and trusted. Two rules hold everywhere:
+
+* **One voice.** What is worth a line is said once, by rank 0 (`log_once`).
+* **Nobody is left waiting.** A rank that fails between two collectives would leave the others in the next one until
+  a timeout of minutes. Stages that read files or allocate memory therefore run inside `fail_together`: every rank
+  tells the others whether it got through, and all of them raise the first message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from .errors import RankError
+
+logger = logging.getLogger("hf_qlora_fsdp")
+
+
+def rank() -> int:
+    """Return this process's rank, 0 before any process group exists."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 before any process group exists."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """Return the number of processes on this node, as the launcher says (`LOCAL_WORLD_SIZE`)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def log_once(message: str, *args: object, level: int = logging.WARNING) -> None:
+    """Log one line on rank 0 alone.
+
+    The level is `WARNING` unless told otherwise because transformers shows nothing below it by default, and a line
+    that says "this option of yours means something else here" must be seen.
+    """
+    if rank() == 0:
+        logger.log(level, message, *args)
+
+
+def join_process_group(device_type: str) -> None:
+    """Join the process group of the launcher, or found a group of one where there is no launcher.
+
+    The group serves both kinds of device (`cuda:nccl,cpu:gloo`): clipping and saving reduce tensors that live on the
+    CPU whenever anything is offloaded, and NCCL alone then fails with "No backend type associated with device type
+    cpu" (https://github.com/pytorch/pytorch/issues/148532).
+
+    Args:
+        device_type (`str`): `"cuda"`, or `"cpu"` for gloo processes without an accelerator.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    alone = "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone:
+        # accelerate decides by these variables whether a run is distributed at all.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo"
+    if alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        log_once("No launcher found: training in this one process. For all GPUs: torchrun --nproc_per_node N script.py")
+    else:
+        dist.init_process_group(backend)
+
+
+@contextlib.contextmanager
+def fail_together(stage: str) -> Iterator[None]:
+    """Run a stage on every rank; if it fails on one, raise on all.
+
+    A collective: every rank must enter it, and nothing inside may wait for another rank.
+
+    Args:
+        stage (`str`): What is being done, for the message, e.g. `"reading model.layers.3"`.
+
+    Raises:
+        RankError: Another rank failed. The rank that failed raises its own exception.
+    """
+    import torch.distributed as dist
+
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        said = _exchange_failures(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is None and said:
+            first = min(said)
+            raise RankError(f"Rank {first} failed while {stage}, so every rank stops. It said: {said[first]}")
+    if failure is not None:
+        raise failure
+
+
+def _exchange_failures(message: str | None) -> dict[int, str]:
+    """Return what each failed rank said. One small all-reduce when, as nearly always, nobody failed."""
+    import torch
+    import torch.distributed as dist
+
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    num_failed = torch.tensor([message is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(num_failed)
+    if not num_failed.item():
+        return {}
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return {index: text for index, text in enumerate(messages) if text is not None}
