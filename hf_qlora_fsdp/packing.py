@@ -1,0 +1,295 @@
+"""A 4-bit weight as one buffer of bytes.
+
+bitsandbytes keeps a quantised weight in two places: the 4-bit codes in the `Parameter`, and the block scales in a
+`quant_state` beside it, which no sharding framework sees. The scales are therefore replicated on every card and never
+offloaded: 1.1 GB for a 70B model with double quantisation, 4.3 GB without. Here a weight is **one** flat buffer that
+holds all it takes to dequantise it, so FSDP shards, gathers and offloads codes and scales as a single parameter:
+
+    | codes, two a byte | absmax, one a block | nested absmax (fp32) | offset (fp32) |
+                          uint8 with double quantisation: the last two parts exist only then
+                          float32 without
+
+Every part starts at a multiple of 16 bytes. `PackedLayout` is the arithmetic of that picture; nothing but the shape
+and the kind of quantisation is needed for it, so every rank knows every layout without being told.
+
+**The storage dtype.** The buffer is viewed, byte for byte, in the parameter dtype of the mixed-precision policy
+(`[num_bytes / itemsize, 1]`). FSDP casts parameters to that dtype before it gathers them; a view in the same dtype is
+left alone, while any other pairing would be cast *as numbers* and train on garbage without an error.
+
+The numbers are those of bitsandbytes, bit for bit: the same quantisation is called at load, the same dequantisation in
+the forward, and the tests compare both with `bitsandbytes.nn.Linear4bit`.
+
+Shape suffixes: N out_features, K in_features, M elements of the packed buffer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import torch
+from torch import nn
+
+ALIGNMENT = 16
+NESTED_BLOCKSIZE = 256
+"""Scales that share one second-level scale: QLoRA, arXiv:2305.14314, section 3 (double quantisation)."""
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where codes and scales lie in the packed buffer of one weight.
+
+    Args:
+        shape (`tuple[int, int]`): Shape `[N, K]` of the weight.
+        quant_type (`str`): `"nf4"` or `"fp4"`.
+        double_quant (`bool`): Whether the block scales are quantised to 8 bits themselves.
+        blocksize (`int`): Weights that share one scale.
+    """
+
+    shape: tuple[int, int]
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    blocksize: int = 64
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return math.ceil(self.numel / self.blocksize)
+
+    @property
+    def num_nested_blocks(self) -> int:
+        return math.ceil(self.num_blocks / NESTED_BLOCKSIZE) if self.double_quant else 0
+
+    @property
+    def codes_bytes(self) -> int:
+        return math.ceil(self.numel / 2)
+
+    @property
+    def absmax_bytes(self) -> int:
+        return self.num_blocks * (1 if self.double_quant else 4)
+
+    @functools.cached_property
+    def offsets(self) -> tuple[int, int, int, int]:
+        """Return the first byte of absmax, nested absmax and offset, and the size of the whole buffer."""
+        absmax = _align(self.codes_bytes)
+        nested = _align(absmax + self.absmax_bytes)
+        offset = _align(nested + 4 * self.num_nested_blocks)
+        return absmax, nested, offset, _align(offset + 4) if self.double_quant else nested
+
+    @property
+    def num_bytes(self) -> int:
+        return self.offsets[-1]
+
+    def packed_shape(self, storage_dtype: torch.dtype) -> tuple[int, int]:
+        """Return the shape `[M, 1]` of the buffer viewed in `storage_dtype`."""
+        return self.num_bytes // storage_dtype.itemsize, 1
+
+
+def _align(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def quantize(w_NK: torch.Tensor, layout: PackedLayout, storage_dtype: torch.dtype) -> torch.Tensor:
+    """Quantise a weight and pack it.
+
+    Args:
+        w_NK (`torch.Tensor`): Weight `[N, K]` in the parameter dtype, on the device that shall quantise it.
+        layout (`PackedLayout`): Its layout.
+        storage_dtype (`torch.dtype`): Dtype the buffer is viewed in.
+    Returns:
+        `torch.Tensor`: Packed buffer `[M, 1]` on the same device.
+    """
+    codes, state = bnb_functional.quantize_4bit(
+        w_NK.contiguous(),
+        blocksize=layout.blocksize,
+        compress_statistics=layout.double_quant,
+        quant_type=layout.quant_type,
+    )
+    return pack(codes, state, layout, storage_dtype)
+
+
+def pack(
+    codes: torch.Tensor, state: bnb_functional.QuantState, layout: PackedLayout, storage_dtype: torch.dtype
+) -> torch.Tensor:
+    """Lay codes and scales of bitsandbytes into one buffer, byte for byte; nothing is quantised again.
+
+    Args:
+        codes (`torch.Tensor`): The 4-bit codes, in any storage dtype.
+        state (`bitsandbytes.functional.QuantState`): The scales.
+        layout (`PackedLayout`): The layout that codes and scales must fit.
+        storage_dtype (`torch.dtype`): Dtype the buffer is viewed in.
+    Returns:
+        `torch.Tensor`: Packed buffer `[M, 1]` on the device of `codes`.
+    Raises:
+        ValueError: Codes or scales do not have the size that the layout asks for, or use another 8-bit map.
+    """
+    absmax_start, nested_start, offset_start, num_bytes = layout.offsets
+    parts = [(0, codes, layout.codes_bytes), (absmax_start, state.absmax, layout.absmax_bytes)]
+    if layout.double_quant:
+        if not torch.equal(state.state2.code.float().cpu(), _dynamic_map(torch.device("cpu"))):
+            raise ValueError(
+                "The checkpoint's nested scales use an 8-bit map of their own. Only the standard one of bitsandbytes "
+                "can be read here. Load the 16-bit checkpoint instead; it is quantised while it is read."
+            )
+        parts += [
+            (nested_start, state.state2.absmax.float(), 4 * layout.num_nested_blocks),
+            (offset_start, state.offset.float().reshape(1), 4),
+        ]
+    packed = torch.zeros(num_bytes, dtype=torch.uint8, device=codes.device)
+    for start, part, expected_bytes in parts:
+        raw = part.detach().contiguous().reshape(-1).view(torch.uint8)
+        if raw.numel() != expected_bytes:
+            raise ValueError(
+                f"A quantised weight of shape {list(layout.shape)} ({layout.quant_type}, "
+                f"double_quant={layout.double_quant}) needs {expected_bytes:,} bytes where {raw.numel():,} were given. "
+                "The checkpoint and its config.json do not belong together; download them again from one revision."
+            )
+        packed[start : start + expected_bytes] = raw
+    return packed.view(storage_dtype).view(-1, 1)
+
+
+def unpack(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views of the codes `[codes_bytes]` (uint8) and the block scales `[num_blocks]` (fp32)."""
+    absmax_start, nested_start, offset_start, _ = layout.offsets
+    raw = packed.detach().reshape(-1).view(torch.uint8)
+    absmax = raw[absmax_start : absmax_start + layout.absmax_bytes]
+    if layout.double_quant:
+        nested = raw[nested_start : nested_start + 4 * layout.num_nested_blocks].view(torch.float32)
+        offset = raw[offset_start : offset_start + 4].view(torch.float32)
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+            absmax, nested, _dynamic_map(packed.device), NESTED_BLOCKSIZE, torch.float32
+        )
+        absmax += offset
+    else:
+        absmax = absmax.view(torch.float32)
+    return raw[: layout.codes_bytes], absmax
+
+
+def dequantize(packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight `[N, K]` in `dtype` from its packed buffer."""
+    codes, absmax = unpack(packed, layout)
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        codes.view(-1, 1), absmax, layout.blocksize, layout.quant_type, layout.shape, dtype
+    )
+
+
+@functools.lru_cache
+def _dynamic_map(device: torch.device) -> torch.Tensor:
+    """Return the 256 values of bitsandbytes' signed dynamic 8-bit type (arXiv:2110.02861, section 2.1)."""
+    return bnb_functional.create_dynamic_map().to(device)
+
+
+class _PackedLinear(torch.autograd.Function):
+    """y = x @ dequantize(w).T + bias, remembering neither w nor its 16-bit form.
+
+    The backward fetches the packed weight from the module again: FSDP has gathered it anew by then, and tensors saved
+    for backward would be copied to the host by activation offloading, 4-bit weights among them.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, module: PackedLinear4bit) -> torch.Tensor:
+        ctx.module = module
+        return nn.functional.linear(x, dequantize(module.weight, module.layout, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        module = ctx.module
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output @ dequantize(module.weight, module.layout, grad_output.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_output.flatten(0, -2).sum(0)
+        return grad_x, grad_bias, None
+
+
+class PackedLinear4bit(bnb.nn.Linear4bit):
+    """A frozen 4-bit linear layer whose weight is one packed buffer.
+
+    It is a `bitsandbytes.nn.Linear4bit` so that PEFT gives it its own QLoRA layer.
+
+    Args:
+        layout (`PackedLayout`): Shape and quantisation of the weight.
+        bias (`bool`): Whether the layer has a bias, kept in the compute dtype.
+        compute_dtype (`torch.dtype`): Dtype of the matrix product.
+        storage_dtype (`torch.dtype`): Dtype the packed buffer is viewed in.
+    """
+
+    def __init__(
+        self, layout: PackedLayout, *, bias: bool, compute_dtype: torch.dtype, storage_dtype: torch.dtype
+    ) -> None:
+        super().__init__(
+            layout.shape[1],
+            layout.shape[0],
+            bias,
+            compute_dtype,
+            compress_statistics=layout.double_quant,
+            quant_type=layout.quant_type,
+            quant_storage=storage_dtype,
+            device="meta",
+        )
+        self.layout = layout
+        self.source_cls = nn.Linear
+        self.set_packed(torch.empty(layout.packed_shape(storage_dtype), dtype=storage_dtype, device="meta"))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(layout.shape[0], dtype=compute_dtype, device="meta"), False)
+
+    def set_packed(self, packed: torch.Tensor) -> None:
+        """Make `packed` `[M, 1]` the weight of this layer."""
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.label_weight()
+
+    def label_weight(self) -> None:
+        """Tell PEFT, which asks the weight and not the layer, how it is quantised."""
+        self.weight.compress_statistics = self.layout.double_quant
+        self.weight.quant_type = self.layout.quant_type
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return _PackedLinear.apply(x.to(self.compute_dtype), bias, self).to(x.dtype)
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the weight `[N, K]` that this layer computes with. It must be gathered, not a shard."""
+        return dequantize(self.weight, self.layout, dtype or self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        layout = self.layout
+        return f"{super().extra_repr()}, {layout.quant_type}, double_quant={layout.double_quant}"
+
+
+def repack(linear: bnb.nn.Linear4bit, *, compute_dtype: torch.dtype, storage_dtype: torch.dtype) -> PackedLinear4bit:
+    """Turn a layer of bitsandbytes, on the meta device or quantised, into a packed one.
+
+    Args:
+        linear (`bitsandbytes.nn.Linear4bit`): The layer. Its codes and scales are copied byte for byte.
+        compute_dtype (`torch.dtype`): Dtype of the matrix product.
+        storage_dtype (`torch.dtype`): Dtype the packed buffer is viewed in.
+    """
+    weight = linear.weight
+    # fully_shard and torch.compile strip the Params4bit class, not the state that the layer keeps for that case.
+    state = getattr(weight, "quant_state", None) or linear.quant_state
+    layout = PackedLayout(
+        (linear.out_features, linear.in_features),
+        weight.quant_type if state is None else state.quant_type,
+        weight.compress_statistics if state is None else state.nested,
+        getattr(weight, "blocksize", 64) if state is None else state.blocksize,
+    )
+    packed_linear = PackedLinear4bit(
+        layout, bias=linear.bias is not None, compute_dtype=compute_dtype, storage_dtype=storage_dtype
+    )
+    if state is not None:
+        codes = weight.data
+        if getattr(state, "packing_format_for_cpu", False):
+            # An evaluation on an AVX512 CPU re-orders the codes in place (bitsandbytes nn/modules.py, Linear4bit.forward).
+            codes, state = bnb_functional._convert_weight_packed_for_cpu_inverse(codes, state)
+        packed_linear.set_packed(pack(codes, state, layout, storage_dtype))
+    if linear.bias is not None:
+        bias = linear.bias.detach().to(compute_dtype)
+        packed_linear.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+    packed_linear.train(linear.training)
+    return packed_linear
