@@ -1,0 +1,127 @@
+"""What is trained: LoRA weights in a model whose base is still on the meta device.
+
+PEFT is given the model before a single weight exists, so each decoder layer can be read, fitted with its initialised
+adapter and sharded before the next one is touched. PEFT puts adapters where their base layer is, on the meta device;
+they come to life here, unit by unit, by PEFT's own initialisation.
+
+Two rules: trainable weights are **float32 masters** (FSDP casts them for the computation; an Adam step in bfloat16
+loses half of all updates at a learning rate of 2e-5), and every rank starts from **rank 0's** values.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+_INITIALISATIONS_WITHOUT_BASE = (True, False, "gaussian")
+
+
+def default_peft_config() -> LoraConfig:
+    """Return what is trained when nothing was said: rank 16 on every linear layer but the head."""
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def check_peft_config(config: PeftConfig) -> None:
+    """Refuse what cannot be initialised or trained on sharded 4-bit weights.
+
+    Raises:
+        ValueError: The config asks for such a thing.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"peft_config is a {type(config).__name__}, which is not initialised on a model that is still being read. "
+            "Pass a peft.LoraConfig."
+        )
+    refused = {
+        f"init_lora_weights={config.init_lora_weights!r}": (
+            config.init_lora_weights not in _INITIALISATIONS_WITHOUT_BASE,
+            "it is computed from whole 16-bit base weights, which no rank holds. Use True, False or 'gaussian'",
+        ),
+        "use_dora=True": (
+            config.use_dora,
+            "its magnitudes are computed from whole base weights, which no rank holds. Use use_dora=False",
+        ),
+        "target_parameters": (
+            bool(config.target_parameters),
+            "they adapt fused experts, which cannot be loaded in 4 bits yet. Use target_modules",
+        ),
+        "trainable_token_indices": (
+            bool(config.trainable_token_indices),
+            "they copy rows of an embedding that is sharded by then. Use modules_to_save=['embed_tokens']",
+        ),
+        "layer_replication": (
+            bool(config.layer_replication),
+            "it repeats decoder layers that are read only once. Leave it out",
+        ),
+    }
+    for what, (given, why) in refused.items():
+        if given:
+            raise ValueError(f"peft_config has {what}, but {why}.")
+
+
+def inject_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Wrap a model on the meta device in a `PeftModel`, with trainable weights in float32.
+
+    Args:
+        model (`PreTrainedModel`): The model, its 4-bit layers in place.
+        config (`LoraConfig`): What to train.
+    """
+    peft_model = get_peft_model(model, config)
+    for module in peft_model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                module.register_parameter(name, nn.Parameter(parameter.detach().float()))
+    return peft_model
+
+
+def initialize_adapter(module: nn.Module, config: LoraConfig, device: torch.device) -> None:
+    """Bring the adapter weights inside a module from the meta device to life.
+
+    A collective: rank 0's values are sent to all. The base weights in the module must be in place.
+
+    Args:
+        module (`nn.Module`): A part of the model.
+        config (`LoraConfig`): How to initialise.
+        device (`torch.device`): Where the weights shall live.
+    """
+    for child in module.modules():
+        if isinstance(child, LoraLayer):
+            _initialize_lora(child, config, device)
+        elif isinstance(child, ModulesToSaveWrapper):
+            _initialize_copies(child, device)
+    for parameter in module.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor) and dist.get_world_size() > 1:
+            dist.broadcast(parameter.data, src=0)
+
+
+def _initialize_lora(layer: LoraLayer, config: LoraConfig, device: torch.device) -> None:
+    parts = [part for parts in (layer.lora_A, layer.lora_B) for part in parts.values()]
+    tables = [tables for tables in (layer.lora_embedding_A, layer.lora_embedding_B) if len(tables)]
+    if not any(parameter.device.type == "meta" for part in [*parts, *tables] for parameter in part.parameters()):
+        return
+    # On the host first: the same seed then gives the same adapter on every kind of device.
+    for part in [*parts, *tables]:
+        part.to_empty(device="cpu")
+    for part in parts:
+        part.reset_parameters()  # what init_lora_weights=False leaves in place
+    for adapter_name in layer.r:
+        layer.reset_lora_parameters(adapter_name, config.init_lora_weights)
+    for part in [*parts, *tables]:
+        part.to(device)
+
+
+def _initialize_copies(wrapper: ModulesToSaveWrapper, device: torch.device) -> None:
+    """Copy the weights of modules that are trained whole (`modules_to_save`)."""
+    originals = dict(wrapper.original_module.named_parameters())
+    for copy in wrapper.modules_to_save.values():
+        for name, parameter in list(copy.named_parameters()):
+            if parameter.device.type == "meta":
+                path, _, leaf = name.rpartition(".")
+                value = originals[name].detach().to(device, torch.float32, copy=True)
+                copy.get_submodule(path).register_parameter(leaf, nn.Parameter(value))

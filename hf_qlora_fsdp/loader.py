@@ -1,0 +1,379 @@
+"""Loading a model that no rank could hold: read, quantise, exchange, shard, one unit at a time.
+
+    config.json -> a model on the meta device -> its units, the largest first -> for each unit:
+        read      every rank reads its share of the unit's tensors from disk     16 bits, one tensor at a time
+        quantise  on its accelerator                                             4 bits
+        exchange  broadcasts what it made to the other ranks of its node         4 bits
+        shard     FSDP keeps 1/N                                                 4 bits / N
+
+Each byte of the checkpoint is thus read by one rank of a node, and what travels is the packed result. Ranks of other
+nodes read their own copy: a disk is closer than another machine.
+
+**Memory.** With S the bytes of a rank's shards, U those of the largest unit in its final form (4 bits, or 16 for the
+embedding), and T those of the largest single tensor as it lies in the checkpoint and once more in the parameter dtype,
+the peak on the device of a rank while loading is
+
+    S + 2 U + T
+
+The two units: the whole one being assembled, and its own staged part with the shard that FSDP copies out of it. T is on
+the host while it is read and on the device while it is quantised. The largest unit goes first, when S is still nothing.
+
+A rank that cannot read its part tells the others at the end of the unit (`ranks.fail_together`), and all stop.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+
+from .adapters import check_peft_config, initialize_adapter, inject_adapter
+from .anatomy import Unit, build_meta_model, plan_units, refuse_fused_experts
+from .packing import PackedLinear4bit, pack, quantize, repack
+from .ranks import fail_together, join_process_group, local_world_size, log_once, rank
+from .recipes import Recipe, plan_recipes
+from .sharding import (
+    ShardingPolicy,
+    check_storage_dtype,
+    float32_parameters,
+    make_mesh,
+    mesh_device,
+    move_buffers,
+    shard_root,
+    shard_unit,
+)
+from .units import format_bytes, format_dtype
+from .weights import Weights, find_weights
+
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+
+
+@dataclass
+class LoadReport:
+    """What loading took, on this rank.
+
+    Args:
+        checkpoint_bytes (`int`): Size of the checkpoint.
+        bytes_read (`int`): What this rank read of it.
+        seconds (`float`): Wall time.
+        largest_unit_bytes (`int`): U of the module docstring.
+        largest_tensor_bytes (`int`): T of the module docstring.
+    """
+
+    checkpoint_bytes: int
+    bytes_read: int = 0
+    seconds: float = 0.0
+    largest_unit_bytes: int = 0
+    largest_tensor_bytes: int = 0
+
+
+def load_quantized_model(
+    model_id_or_path: str,
+    *,
+    quantization_config: BitsAndBytesConfig | None = None,
+    peft_config: LoraConfig | None = None,
+    policy: ShardingPolicy | None = None,
+    key_mapping: dict[str, str] | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a causal LM in 4 bits, sharded over all ranks, without any rank ever holding it.
+
+    Peak device memory of a rank: its shards + two units + one tensor in 16 bits (see the module docstring).
+
+    Args:
+        model_id_or_path (`str`): Hub id or folder with safetensors files: 16-bit or 32-bit weights, or weights that
+            bitsandbytes has quantised to 4 bits, which are taken over byte for byte.
+        quantization_config (`BitsAndBytesConfig`, *optional*): 4-bit type and double quantisation, and modules to
+            skip. Defaults to NF4 with double quantisation.
+        peft_config (`LoraConfig`, *optional*): Adapter to put into the model while it is loaded, inside its units.
+        policy (`ShardingPolicy`, *optional*): Parameter dtype, offload and units.
+        key_mapping (`dict[str, str]`, *optional*): Renamings of checkpoint tensors, as in `from_pretrained`.
+        trust_remote_code (`bool`): Whether code from the model's repository may run.
+        progress (`bool`): Show a progress bar on rank 0.
+        **kwargs: What `from_pretrained` takes: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`,
+            `attn_implementation`, `use_kernels`, and values that override the config's.
+    Returns:
+        `PreTrainedModel`, or `PeftModel` with a `peft_config`: an `FSDPModule` whose `load_report` says what was read.
+    Raises:
+        ValueError: The checkpoint, the config or the options cannot give such a model. Says why before any weight is
+            read.
+        RankError: Another rank failed.
+    """
+    policy = policy or ShardingPolicy()
+    join_process_group("cuda" if torch.cuda.is_available() else "cpu")
+    if peft_config is not None:
+        check_peft_config(peft_config)
+    started = time.monotonic()
+    with fail_together(f"opening {model_id_or_path}"):
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        kernels = {name: kwargs.pop(name) for name in ("use_kernels", "kernel_config") if name in kwargs}
+        model = _build(model_id_or_path, quantization_config, policy, hub, trust_remote_code, kwargs)
+        weights = Weights(find_weights(model_id_or_path, **hub))
+        loading = _Loading(model, weights, plan_recipes(model, weights, key_mapping), policy)
+    loading.run(peft_config, progress)
+    root = loading.root
+    loading.report.seconds = time.monotonic() - started
+    root.load_report = loading.report
+    model.set_use_kernels(kernels.pop("use_kernels", False), **kernels)
+    _adopt_generation_config(model, model_id_or_path, hub)
+    root.eval()
+    return root
+
+
+@dataclass
+class _Loading:
+    """The stream from checkpoint to shards: what there is to do, and the doing."""
+
+    model: PreTrainedModel
+    weights: Weights
+    recipes: list[Recipe]
+    policy: ShardingPolicy
+    root: Any = None
+    report: LoadReport = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mesh = make_mesh()
+        self.device = mesh_device(self.mesh)
+        self.report = LoadReport(self.weights.num_bytes)
+        self.report.largest_tensor_bytes = max(stored.num_bytes for stored in self.weights.tensors.values())
+        self.units = plan_units(self.model, self.policy.class_names)
+        # Adapters rename modules, so tensors are addressed by module object from here on.
+        self.modules = dict(self.model.named_modules())
+        self.root = self.model
+
+    def run(self, peft_config: LoraConfig | None, progress: bool) -> None:
+        groups = self._group_recipes()
+        if peft_config is not None:
+            self.root = inject_adapter(self.model, peft_config)
+        node = _node_group()
+        with tqdm(
+            total=self.weights.num_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="Loading",
+            disable=not progress or rank() != 0,
+        ) as bar:
+            for index, (unit, recipes) in enumerate(groups):
+                bar.set_postfix_str(f"unit {index + 1}/{len(groups)}")
+                self._assemble(unit.name if unit else "the root", recipes, node)
+                modules = [self.model.get_submodule(name) for name in unit.modules] if unit else [self.root]
+                if peft_config is not None:
+                    for module in modules:
+                        initialize_adapter(module, peft_config, self.device)
+                # Parameters change their identity while they come in, so this is asked anew for each unit.
+                ignored = float32_parameters(self.model, self.policy.param_dtype)
+                if unit:
+                    self._measure(modules)
+                    shard_unit(self.model, unit, self.policy, self.mesh, ignored)
+                else:
+                    shard_root(self.root, self.policy, self.mesh, ignored)
+                bar.update(sum(recipe.num_bytes(self.weights) for recipe in recipes))
+        move_buffers(self.root, self.device)
+        self.report.bytes_read = self.weights.bytes_read
+
+    def _group_recipes(self) -> list[tuple[Unit | None, list[Recipe]]]:
+        """Assign recipes to units, the unit with most bytes first; what no unit covers goes to the root, last."""
+        owners = {name: unit for unit in self.units for name in unit.modules}
+        groups: dict[str, list[Recipe]] = {unit.name: [] for unit in self.units}
+        rest: list[Recipe] = []
+        for recipe in self.recipes:
+            unit = _owner(recipe.targets[0], owners)
+            (groups[unit.name] if unit else rest).append(recipe)
+        by_size = sorted(self.units, key=lambda unit: -self._final_bytes(groups[unit.name]))
+        return [*((unit, groups[unit.name]) for unit in by_size), (None, rest)]
+
+    def _final_bytes(self, recipes: list[Recipe]) -> int:
+        return sum(self._slot(target)[0].nbytes for recipe in recipes for target in recipe.targets)
+
+    def _assemble(self, name: str, recipes: list[Recipe], node: dist.ProcessGroup | None) -> None:
+        """Make one unit's parameters whole on every rank of the node."""
+        num_ranks = local_world_size()
+        my_rank = rank() % num_ranks
+        readers = _balance([recipe.num_bytes(self.weights) for recipe in recipes], num_ranks)
+        staged: dict[str, torch.Tensor] = {}
+        with fail_together(f"reading {name}"):
+            for recipe, reader in zip(recipes, readers, strict=True):
+                if reader == my_rank:
+                    staged |= self._read(recipe)
+        for recipe, reader in zip(recipes, readers, strict=True):
+            for target in recipe.targets:
+                slot, module, leaf = self._slot(target)
+                tensor = staged.pop(target, None)
+                if tensor is None:
+                    tensor = torch.empty(slot.shape, dtype=slot.dtype, device=self.device)
+                if num_ranks > 1:
+                    source = rank() - my_rank + reader
+                    dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=source, group=node)
+                _fill(module, leaf, tensor)
+        self.model.tie_weights(recompute_mapping=False)
+
+    def _read(self, recipe: Recipe) -> dict[str, torch.Tensor]:
+        """Read one recipe's tensors and bring them into their final form on the device."""
+        made = {}
+        for target, (tensor, scales) in recipe.realize(self.weights.read, self.model).items():
+            slot, module, leaf = self._slot(target)
+            if not isinstance(module, PackedLinear4bit) or leaf != "weight":
+                made[target] = tensor.to(self.device, slot.dtype).contiguous()
+            elif scales:
+                made[target] = _take_over(tensor, scales, module, slot.dtype, self.device)
+            else:
+                weight = tensor.to(self.device, module.compute_dtype)
+                weight = weight.t() if module.source_cls is Conv1D else weight
+                made[target] = quantize(weight, module.layout, slot.dtype)
+        return made
+
+    def _slot(self, target: str) -> tuple[torch.Tensor, nn.Module, str]:
+        """Return the empty parameter or buffer that a target fills, its module, and its name there."""
+        path, _, leaf = target.rpartition(".")
+        module = self.modules[path]
+        return getattr(module, leaf), module, leaf
+
+    def _measure(self, modules: list[nn.Module]) -> None:
+        parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+        num_bytes = sum(parameter.nbytes for parameter in parameters.values())
+        self.report.largest_unit_bytes = max(self.report.largest_unit_bytes, num_bytes)
+
+
+def _build(
+    model_id_or_path: str,
+    quantization_config: BitsAndBytesConfig | None,
+    policy: ShardingPolicy,
+    hub: dict[str, Any],
+    trust_remote_code: bool,
+    overrides: dict[str, Any],
+) -> PreTrainedModel:
+    """Build the model on the meta device, with packed 4-bit layers where its weights will be quantised."""
+    build_options = {
+        name: overrides.pop(name) for name in ("attn_implementation", "experts_implementation") if name in overrides
+    }
+    config, unknown = AutoConfig.from_pretrained(
+        model_id_or_path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **hub, **overrides
+    )
+    if unknown:
+        raise ValueError(
+            f"{sorted(unknown)} is neither an option of load_quantized_model nor a value of {type(config).__name__}. "
+            "It would have no effect. Leave it out or correct its name."
+        )
+    stored = getattr(config, "quantization_config", None)
+    quantization = _resolve_quantization(stored, quantization_config, policy.param_dtype)
+    model = build_meta_model(config, policy.param_dtype, trust_remote_code=trust_remote_code, **build_options)
+    refuse_fused_experts(model)
+    model.config.name_or_path = model_id_or_path
+    model.config.quantization_config = quantization
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=stored is not None)
+    quantizer.preprocess_model(model=model, device_map=None, dtype=policy.param_dtype)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "source_cls"):
+            packed = repack(module, compute_dtype=policy.param_dtype, storage_dtype=policy.param_dtype)
+            model.set_submodule(name, packed)
+    for parameter in float32_parameters(model, policy.param_dtype):
+        parameter.data = parameter.data.float()
+    model.requires_grad_(False)
+    model.hf_quantizer = quantizer
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def _resolve_quantization(
+    stored: Any, given: BitsAndBytesConfig | None, param_dtype: torch.dtype
+) -> BitsAndBytesConfig:
+    """Settle how the weights are quantised: as they are stored, else as asked, else NF4 with double quantisation."""
+    if given is not None and (not isinstance(given, BitsAndBytesConfig) or not given.load_in_4bit):
+        raise ValueError(
+            f"quantization_config={type(given).__name__}"
+            f"{'(load_in_8bit=True)' if getattr(given, 'load_in_8bit', False) else ''}: only 4-bit weights of "
+            "bitsandbytes are sharded and trained here. Pass BitsAndBytesConfig(load_in_4bit=True)."
+        )
+    if given is not None:
+        check_storage_dtype(given.bnb_4bit_quant_storage, param_dtype)
+    if stored is not None:
+        fields = stored if isinstance(stored, dict) else stored.to_dict()
+        if not fields.get("load_in_4bit"):
+            raise ValueError(
+                f"The checkpoint is quantised by {fields.get('quant_method')!r}"
+                f"{' to 8 bits' if fields.get('load_in_8bit') else ''}, and only 4-bit weights of bitsandbytes are sharded "
+                "and trained here. Load the 16-bit checkpoint instead; it is quantised while it is read."
+            )
+        if given is not None:
+            log_once("The checkpoint is already quantised: its own quantization_config is used, not the one given.")
+        settled = BitsAndBytesConfig.from_dict(fields)
+    else:
+        settled = given or BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    settled = BitsAndBytesConfig.from_dict(settled.to_dict())
+    settled.bnb_4bit_compute_dtype = param_dtype
+    settled.bnb_4bit_quant_storage = param_dtype
+    return settled
+
+
+def _take_over(
+    codes: torch.Tensor, scales: dict[str, torch.Tensor], module: PackedLinear4bit, dtype: torch.dtype, device: Any
+) -> torch.Tensor:
+    """Pack a weight that was stored quantised, byte for byte."""
+    from bitsandbytes.functional import QuantState
+
+    state = QuantState.from_dict(scales, device=device)
+    layout = module.layout
+    if (state.quant_type, state.nested, state.blocksize) != (layout.quant_type, layout.double_quant, layout.blocksize):
+        raise ValueError(
+            f"A stored weight is {state.quant_type}, double_quant={state.nested}, blocksize={state.blocksize}, while "
+            f"config.json says {layout}. Weights and config do not belong together; download both from one revision."
+        )
+    return pack(codes.to(device), state, layout, dtype)
+
+
+def _fill(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    elif isinstance(module, PackedLinear4bit) and leaf == "weight":
+        module.set_packed(tensor)
+    else:
+        trained = module._parameters[leaf].requires_grad
+        setattr(module, leaf, nn.Parameter(tensor.float() if trained else tensor, requires_grad=trained))
+
+
+def _owner(target: str, owners: dict[str, Unit]) -> Unit | None:
+    path = target
+    while path:
+        if path in owners:
+            return owners[path]
+        path = path.rpartition(".")[0]
+    return None
+
+
+def _balance(sizes: list[int], num_ranks: int) -> list[int]:
+    """Give each piece to the rank with the fewest bytes so far, the largest piece first. Deterministic."""
+    load = [0] * num_ranks
+    readers = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        readers[index] = min(range(num_ranks), key=lambda candidate: (load[candidate], candidate))
+        load[readers[index]] += sizes[index]
+    return readers
+
+
+def _node_group() -> dist.ProcessGroup | None:
+    """Return the ranks of this node, `None` where that is everybody."""
+    if local_world_size() >= dist.get_world_size():
+        return None
+    group, _ = dist.new_subgroups(group_size=local_world_size())
+    return group
+
+
+def _adopt_generation_config(model: PreTrainedModel, model_id_or_path: str, hub: dict[str, Any]) -> None:
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(model_id_or_path, **hub)
+    except OSError:
+        return  # most base models have none; what their config says stays

@@ -1,0 +1,229 @@
+"""From the names in a checkpoint to the parameters of a model.
+
+A checkpoint is rarely written the way a model is built: transformers renames tensors, adds or strips prefixes, splits
+and stacks them while it loads. A `Recipe` is one such step worked out in advance from names and shapes alone: which
+stored tensors it reads, and which parameters come out. With all recipes known before the first byte is read, a
+missing, unexpected or misshapen tensor is an error at once, and the work can be split between ranks.
+
+The rules themselves are upstream's (`transformers.conversion_mapping`), applied by upstream's own functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from .packing import PackedLinear4bit
+from .weights import Weights
+
+_QUANT_STATE_SUFFIX = re.compile(
+    r"^(?P<weight>.+\.weight)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
+)
+"""What bitsandbytes stores beside a quantised weight, `QuantState.as_dict(packed=True)`."""
+
+_SHOWN = 5
+
+
+@dataclass
+class Recipe:
+    """Stored tensors in, parameters out.
+
+    Args:
+        targets (`list[str]`): Parameters (or buffers) of the model that come out.
+        sources (`dict[str, list[str]]`): Stored tensors to read, by the pattern that claimed them.
+        converter (`WeightConverter`, *optional*): What to do with them. `None` where one becomes one.
+        quant_state (`dict[str, str]`): Stored scales of an already quantised weight, by their role.
+        duplicate (`str`, *optional*): A second stored copy, of a weight that the config ties to this one.
+    """
+
+    targets: list[str]
+    sources: dict[str, list[str]]
+    converter: WeightConverter | None = None
+    quant_state: dict[str, str] = field(default_factory=dict)
+    duplicate: str | None = None
+
+    @property
+    def stored_names(self) -> list[str]:
+        names = [name for names in self.sources.values() for name in names] + list(self.quant_state.values())
+        return [*names, self.duplicate] if self.duplicate else names
+
+    def num_bytes(self, weights: Weights) -> int:
+        return sum(weights.tensors[name].num_bytes for name in self.stored_names)
+
+    def realize(
+        self, read: Callable[[str], torch.Tensor], model: PreTrainedModel
+    ) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Read the sources and return each target's tensor, with its scales if it was stored quantised.
+
+        Args:
+            read (`Callable`): Reads one stored tensor by name.
+            model (`PreTrainedModel`): The model, which a few conversions ask for its config.
+        """
+        scales = {role: read(name) for role, name in self.quant_state.items()}
+        if self.converter is None:
+            tensor = read(self.stored_names[0])
+            if self.duplicate and not torch.equal(tensor, read(self.duplicate)):
+                raise ValueError(
+                    f"config.json ties {self.stored_names[0]!r} and {self.duplicate!r}, but the checkpoint holds "
+                    "different values for them. Load with tie_word_embeddings=False (in model_init_kwargs)."
+                )
+            return {self.targets[0]: (tensor, scales)}
+        return {name: (tensor, {}) for name, tensor in _convert(self, read, model).items()}
+
+
+def plan_recipes(model: PreTrainedModel, weights: Weights, key_mapping: dict[str, str] | None = None) -> list[Recipe]:
+    """Work out how every parameter of a model on the meta device is made from a checkpoint.
+
+    Args:
+        model (`PreTrainedModel`): The model, on the meta device, its 4-bit layers in place.
+        weights (`Weights`): The checkpoint.
+        key_mapping (`dict[str, str]`, *optional*): Renamings of the caller's own, as in `from_pretrained`.
+    Raises:
+        ValueError: A tensor is missing, unexpected, or has a shape that the config does not describe.
+    """
+    expected = dict(model.state_dict())
+    stored_weights, quant_states = _separate_quant_states(weights)
+    recipes, unexpected = _match_names(model, stored_weights, expected, key_mapping)
+    recipes = _merge_tied(model, recipes)
+    for recipe in recipes:
+        (first, *_) = recipe.stored_names
+        recipe.quant_state = quant_states.get(first, {})
+        _check_shapes(recipe, model, weights, expected)
+    _check_complete(model, recipes, unexpected, set(expected))
+    return recipes
+
+
+def logical_shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the shape that a parameter has in a 16-bit checkpoint: for a packed layer, that of its weight."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, PackedLinear4bit) and leaf == "weight":
+        rows, columns = module.layout.shape
+        return (columns, rows) if module.source_cls is Conv1D else (rows, columns)
+    return tuple(getattr(module, leaf).shape)
+
+
+def _separate_quant_states(weights: Weights) -> tuple[list[str], dict[str, dict[str, str]]]:
+    names: list[str] = []
+    quant_states: dict[str, dict[str, str]] = {}
+    for name in weights.tensors:
+        match = _QUANT_STATE_SUFFIX.match(name)
+        if match:
+            quant_states.setdefault(match["weight"], {})[match["part"]] = name
+        else:
+            names.append(name)
+    return names, quant_states
+
+
+def _match_names(
+    model: PreTrainedModel, names: list[str], expected: dict[str, torch.Tensor], key_mapping: dict[str, str] | None
+) -> tuple[list[Recipe], list[str]]:
+    rules = get_model_conversion_mapping(model, key_mapping, None)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    recipes: dict[str, Recipe] = {}
+    unexpected: list[str] = []
+    for name in sorted(names, key=_natural_order):
+        prefix = model.base_model_prefix
+        target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        if target not in expected and name in expected:
+            target, pattern = rename_source_key(name, [], [], prefix, expected)
+        if target not in expected:
+            unexpected.append(name)
+        elif pattern is None:
+            recipes[target] = Recipe([target], {name: [name]})
+        else:
+            recipe = recipes.setdefault(target, Recipe([target], {}, copy.deepcopy(by_pattern[pattern])))
+            recipe.sources.setdefault(pattern, []).append(name)
+    return list(recipes.values()), unexpected
+
+
+def _merge_tied(model: PreTrainedModel, recipes: list[Recipe]) -> list[Recipe]:
+    """Read a weight that is tied to another, and stored all the same, only to see that both are equal."""
+    by_target = {recipe.targets[0]: recipe for recipe in recipes}
+    for target, source in model.all_tied_weights_keys.items():
+        if target in by_target and source in by_target:
+            by_target[source].duplicate = by_target.pop(target).stored_names[0]
+    return list(by_target.values())
+
+
+def _natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Order layer 2 before layer 10: conversions that stack tensors stack them in this order."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _convert(
+    recipe: Recipe, read: Callable[[str], torch.Tensor], model: PreTrainedModel
+) -> dict[str, torch.Tensor]:
+    assert recipe.converter is not None
+    converter = copy.deepcopy(recipe.converter)
+    for pattern, names in recipe.sources.items():
+        for name in names:
+            converter.add_tensor(recipe.targets[0], name, pattern, read(name))
+    converted = converter.convert(recipe.targets[0], model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+def _check_shapes(recipe: Recipe, model: PreTrainedModel, weights: Weights, expected: dict[str, torch.Tensor]) -> None:
+    if recipe.quant_state:
+        return  # packed codes have a shape of their own; `packing.pack` checks their size
+    if recipe.converter is None:
+        shapes = {recipe.targets[0]: weights.tensors[recipe.stored_names[0]].shape}
+    else:
+        # A dry run without memory tells the names and shapes that come out.
+        dry = _convert(recipe, lambda name: torch.empty(weights.tensors[name].shape, device="meta"), model)
+        recipe.targets = list(dry)
+        shapes = {name: tuple(tensor.shape) for name, tensor in dry.items()}
+    for name, shape in shapes.items():
+        if name in expected and tuple(shape) != logical_shape(model, name):
+            raise ValueError(
+                f"{recipe.stored_names[0]!r} gives {name!r} the shape {list(shape)}, but config.json describes "
+                f"{list(logical_shape(model, name))}. Weights and config do not belong together; download both from "
+                "one revision."
+            )
+
+
+def _check_complete(model: PreTrainedModel, recipes: list[Recipe], unexpected: list[str], expected: set[str]) -> None:
+    made = {target for recipe in recipes for target in recipe.targets}
+    # A tied weight is made as soon as one of its names is.
+    tied = {
+        name
+        for target, source in model.all_tied_weights_keys.items()
+        for name in (target, source)
+        if {target, source} & made
+    }
+    missing = _without_ignored(expected - made - tied, model._keys_to_ignore_on_load_missing)
+    if missing:
+        raise ValueError(
+            f"The checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} needs: {_some(missing)}. "
+            "They would be left at random values. Download the checkpoint again, or pass key_mapping if it uses other "
+            "names."
+        )
+    # Checkpoints of old carry each layer's rotary frequencies, which are computed today.
+    stray = _without_ignored(
+        set(unexpected), {*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"}
+    )
+    if stray:
+        raise ValueError(
+            f"The checkpoint holds {len(stray)} tensors that {type(model).__name__} has no place for: {_some(stray)}. "
+            "They would be dropped. Check that config.json belongs to these weights, or pass key_mapping if they "
+            "have other names."
+        )
+
+
+def _without_ignored(names: set[str], patterns: list[str] | set[str] | None) -> list[str]:
+    return sorted(name for name in names if not any(re.search(pattern, name) for pattern in patterns or ()))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

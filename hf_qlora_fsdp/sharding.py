@@ -1,0 +1,278 @@
+"""Cutting a model across ranks with FSDP2, and proving that it was done.
+
+PyTorch's `fully_shard` shards parameter by parameter along dimension 0, so packed 4-bit weights, bfloat16 norms and
+float32 LoRA masters live in one unit. What this module adds is the choice of units (`anatomy.plan_units`), and three
+rules that keep the numbers right:
+
+* **Mixed precision is a policy of the unit.** Parameters are gathered in `param_dtype`; gradients are reduced in
+  float32; outputs are not cast, so that losses and log-probabilities are not rounded to bfloat16.
+* **Storage dtype equals `param_dtype`.** FSDP casts before it gathers. Packed bytes viewed in another floating dtype
+  would be cast as numbers, without an error. `check_storage_dtype` refuses such a pair before a byte is read.
+* **What a model insists on keeping in float32** stays whole on every rank: such parameters are few and small, and a
+  unit has only one dtype.
+
+**Offload.** `CPUOffloadPolicy` keeps the shards of a unit in host memory and copies them to the accelerator when the
+unit is gathered. The LoRA weights of an offloaded layer form a unit of their own that stays on the accelerator, with
+its gradients and optimizer states: they are small, and an optimizer step on the host would wait for copies both ways.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from .anatomy import Unit, decoder_layers, keep_in_float32, plan_units
+from .errors import ShardingError
+from .packing import PackedLinear4bit, repack
+from .ranks import log_once
+from .units import format_bytes, format_dtype
+
+
+@dataclass(frozen=True)
+class ShardingPolicy:
+    """How a model is cut.
+
+    Args:
+        param_dtype (`torch.dtype`): Dtype of the computation, in which parameters are gathered.
+        reshard_after_forward (`bool`): Free a layer after its forward and gather it again for its backward. Without
+            it, every layer stays gathered in between: faster, and as large as the whole 4-bit model.
+        cpu_offload (`bool`): Keep the frozen shards in host memory.
+        cpu_offload_pin_memory (`bool`): Pin them. Pinned memory is copied faster, and cannot be swapped out.
+        transformer_layer_cls_to_wrap (`tuple[str, ...]`, *optional*): Decoder layer classes. Found from the model by
+            default.
+    """
+
+    param_dtype: torch.dtype = torch.bfloat16
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    cpu_offload_pin_memory: bool = True
+    transformer_layer_cls_to_wrap: tuple[str, ...] | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return list(self.transformer_layer_cls_to_wrap) if self.transformer_layer_cls_to_wrap else None
+
+    def fully_shard(
+        self, module: nn.Module | list[nn.Module], mesh: DeviceMesh, ignored: set[nn.Parameter], **changes: object
+    ) -> None:
+        """Call `torch.distributed.fsdp.fully_shard` with this policy."""
+        offload = CPUOffloadPolicy(pin_memory=self._can_pin(mesh)) if self.cpu_offload else OffloadPolicy()
+        options: dict[str, object] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=torch.float32),
+            "offload_policy": offload,
+            "reshard_after_forward": self.reshard_after_forward,
+            "ignored_params": ignored,
+        }
+        fully_shard(module, **(options | changes))
+
+    def _can_pin(self, mesh: DeviceMesh) -> bool:
+        return self.cpu_offload_pin_memory and mesh.device_type != "cpu"  # without an accelerator there is nothing to pin for
+
+
+def check_storage_dtype(storage_dtype: torch.dtype, param_dtype: torch.dtype) -> None:
+    """Refuse a storage dtype that FSDP would cast as numbers.
+
+    Raises:
+        ValueError: Both differ and the storage is floating.
+    """
+    if storage_dtype.is_floating_point and storage_dtype != param_dtype:
+        raise ValueError(
+            f"bnb_4bit_quant_storage={format_dtype(storage_dtype)} with param_dtype={format_dtype(param_dtype)}: FSDP would "
+            "cast the packed 4-bit bytes as numbers and train on garbage. Leave bnb_4bit_quant_storage out; it follows "
+            f"the parameter dtype. Or train in {format_dtype(storage_dtype)}."
+        )
+
+
+def make_mesh() -> DeviceMesh:
+    """Return the one-dimensional mesh of all ranks, on the accelerator where there is one."""
+    device_type = "cuda" if "nccl" in str(dist.get_backend_config()) else "cpu"
+    return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+
+
+def mesh_device(mesh: DeviceMesh) -> torch.device:
+    """Return the device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+
+
+def shard_unit(
+    model: PreTrainedModel, unit: Unit, policy: ShardingPolicy, mesh: DeviceMesh, ignored: set[nn.Parameter]
+) -> None:
+    """Make a unit of the model, whose weights are whole and on the device, one FSDP unit.
+
+    Args:
+        model (`PreTrainedModel`): The base model, with or without adapters in it.
+        unit (`Unit`): Its part.
+        policy (`ShardingPolicy`): How to cut.
+        mesh (`DeviceMesh`): The ranks.
+        ignored (`set[nn.Parameter]`): Parameters that stay whole.
+    """
+    modules = [model.get_submodule(name) for name in unit.modules]
+    if policy.cpu_offload:
+        shard_adapters(modules, policy, mesh)
+    changes: dict[str, object] = {"reshard_after_forward": False} if unit.keep_gathered else {}
+    policy.fully_shard(modules if len(modules) > 1 else modules[0], mesh, ignored, **changes)
+    label_packed(modules)
+
+
+def shard_adapters(modules: Iterable[nn.Module], policy: ShardingPolicy, mesh: DeviceMesh) -> None:
+    """Make the LoRA layers in `modules` an FSDP unit of their own that stays on the accelerator."""
+    layers = [layer for module in modules for layer in module.modules() if _is_adapter_layer(layer)]
+    if layers:
+        policy.fully_shard(layers, mesh, set(), offload_policy=OffloadPolicy())
+
+
+def shard_root(root: nn.Module, policy: ShardingPolicy, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
+    """Make the outermost module the FSDP root, which holds what no unit took, and drives the units."""
+    policy.fully_shard(root, mesh, ignored, reshard_after_forward=None)
+
+
+def label_packed(modules: Iterable[nn.Module]) -> None:
+    """Label the packed weights anew: FSDP puts other `Parameter` objects in the place of the labelled ones."""
+    for module in modules:
+        for child in module.modules():
+            if isinstance(child, PackedLinear4bit):
+                child.label_weight()
+
+
+def float32_parameters(model: PreTrainedModel, dtype: torch.dtype) -> set[nn.Parameter]:
+    """Return the parameters that the model insists on keeping in float32."""
+    parts = keep_in_float32(model, dtype)
+    return {parameter for name, parameter in model.named_parameters() if any(part in name for part in parts)}
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers, which FSDP leaves alone, to the device. Their dtype is kept: rotary frequencies are float32."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a model, or the model inside a `PeftModel`, is already in FSDP units."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def check_sharded(model: nn.Module, policy: ShardingPolicy) -> None:
+    """Check that sharding was done: every decoder layer is a unit, and no rank holds a whole weight.
+
+    Args:
+        model (`nn.Module`): The root, possibly a `PeftModel`.
+        policy (`ShardingPolicy`): How it should have been cut.
+    Raises:
+        ShardingError: It was not.
+    """
+    base = base_model(model)
+    unwrapped = [
+        name for name, layer in decoder_layers(base, policy.class_names).items() if not isinstance(layer, FSDPModule)
+    ]
+    if unwrapped or not isinstance(model, FSDPModule):
+        raise ShardingError(f"These modules should be FSDP units and are not: {unwrapped or [type(model).__name__]}.")
+    ignored = {id(parameter) for parameter in float32_parameters(base, policy.param_dtype)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in ignored:
+            continue
+        num_rows = parameter.shape[0] if parameter.ndim else 0
+        if not isinstance(parameter, DTensor):
+            raise ShardingError(f"{name} ({format_bytes(parameter.nbytes)}) is whole on every rank.")
+        most = -(-num_rows // dist.get_world_size())
+        if parameter.to_local().shape[0] > most:
+            raise ShardingError(f"Rank {dist.get_rank()} holds more than its share of {name}.")
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a `PeftModel`, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def shard_model(model: nn.Module, policy: ShardingPolicy, device: torch.device | None = None) -> nn.Module:
+    """Shard a quantised model that is already in memory, in place, unit by unit.
+
+    `load_quantized_model` needs a fraction of the memory, since no rank ever holds the whole model. This is for
+    models that a script has loaded by itself. Packed bytes are viewed in another dtype, never quantised again.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): Quantised by bitsandbytes to 4 bits, with any storage dtype, on the
+            host or on this rank's device.
+        policy (`ShardingPolicy`): How to cut.
+        device (`torch.device`, *optional*): This rank's device.
+    Returns:
+        The same model, now an `FSDPModule`.
+    Raises:
+        ValueError: The model is not in 4 bits.
+    """
+    base = base_model(model)
+    _check_quantized(base)
+    mesh = make_mesh()
+    device = device or mesh_device(mesh)
+    ignored = float32_parameters(base, policy.param_dtype)
+    replaced = {name: module for name, module in model.named_modules() if _is_unpacked(module)}
+    total_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    cast: Counter[torch.dtype] = Counter()
+    for name, linear in replaced.items():
+        parent, _, leaf = name.rpartition(".")
+        packed = repack(linear, compute_dtype=policy.param_dtype, storage_dtype=policy.param_dtype)
+        setattr(model.get_submodule(parent), leaf, packed)
+    del replaced
+    for unit in plan_units(base, policy.class_names):
+        for name in unit.modules:
+            cast += _move(base.get_submodule(name), device, policy.param_dtype, ignored)
+        shard_unit(base, unit, policy, mesh, ignored)
+    cast += _move(model, device, policy.param_dtype, ignored)
+    shard_root(model, policy, mesh, ignored)
+    move_buffers(model, device)
+    base.__dict__.pop("hf_device_map", None)
+    log_once(
+        "The model was loaded whole by every rank (%s each) and is now sharded in place. Pass its name or folder instead "
+        "of the model and no rank holds more than its share: %s less at the peak.",
+        format_bytes(total_bytes),
+        format_bytes(total_bytes * (1 - 1 / dist.get_world_size())),
+    )
+    for dtype, count in cast.items():
+        log_once("%d frozen tensors were cast from %s to %s.", count, format_dtype(dtype), format_dtype(policy.param_dtype))
+    return model
+
+
+def _check_quantized(base: nn.Module) -> None:
+    if not any(isinstance(module, Linear4bit) for module in base.modules()):
+        kind = "in 8 bits" if getattr(base, "is_loaded_in_8bit", False) else "not quantised"
+        raise ValueError(
+            f"The {type(base).__name__} passed as model is {kind}, and only 4-bit weights are trained here. Pass its name or "
+            "folder as model, which is quantised while it is read, or load it with "
+            "quantization_config=BitsAndBytesConfig(load_in_4bit=True)."
+        )
+
+
+def _move(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, ignored: set[nn.Parameter]
+) -> Counter[torch.dtype]:
+    """Put the parameters that are not sharded yet on the device: trainable ones in float32, frozen ones in `dtype`."""
+    cast: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            continue
+        target = torch.float32 if parameter.requires_grad or parameter in ignored else dtype
+        if not parameter.requires_grad and parameter.dtype != target:
+            cast[parameter.dtype] += 1
+        parameter.data = parameter.data.to(device, target)
+    return cast
+
+
+def _is_adapter_layer(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return isinstance(module, nn.Linear) and bool(own) and all(parameter.requires_grad for parameter in own)
+
+
+def _is_unpacked(module: nn.Module) -> bool:
+    return isinstance(module, Linear4bit) and not isinstance(module, PackedLinear4bit)
