@@ -166,7 +166,8 @@ class RankPool:
             if not ready:
                 break
             for pipe in ready:
-                worker = waiting.pop(pipe)  # type: ignore[call-overload]  # the stubs allow sockets here, which we never wait for
+                assert isinstance(pipe, connection.Connection), "only pipes are waited for"
+                worker = waiting.pop(pipe)
                 report = reports[worker.place.rank] = worker.receive()
                 if report.error is not None:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
