@@ -17,5 +17,5 @@ class RankError(RuntimeError):
     """Another rank failed, so that this one cannot go on. The message carries the rank and what it said."""
 
 
-class UntrainedAdapterError(RuntimeError):
+class EmptyAdapterError(RuntimeError):
     """An adapter without a single tensor was about to be written."""

@@ -148,6 +148,7 @@ class _Loading:
         self.device = mesh_device(self.mesh)
         self.report = LoadReport(self.weights.num_bytes)
         self.report.largest_tensor_bytes = max(stored.num_bytes for stored in self.weights.tensors.values())
+        self.bytes_assigned = [0] * local_world_size()
         self.units = plan_units(self.model, self.policy.class_names)
         # Adapters rename modules, so tensors are addressed by module object from here on.
         self.modules = dict(self.model.named_modules())
@@ -201,7 +202,7 @@ class _Loading:
         """Make one unit's parameters whole on every rank of the node."""
         num_ranks = local_world_size()
         my_rank = rank() % num_ranks
-        readers = _balance([recipe.num_bytes(self.weights) for recipe in recipes], num_ranks)
+        readers = _balance([recipe.num_bytes(self.weights) for recipe in recipes], self.bytes_assigned)
         staged: dict[str, torch.Tensor] = {}
         with fail_together(f"reading {name}"):
             for recipe, reader in zip(recipes, readers, strict=True):
@@ -354,13 +355,19 @@ def _owner(target: str, owners: dict[str, Unit]) -> Unit | None:
     return None
 
 
-def _balance(sizes: list[int], num_ranks: int) -> list[int]:
-    """Give each piece to the rank with the fewest bytes so far, the largest piece first. Deterministic."""
-    load = [0] * num_ranks
+def _balance(sizes: list[int], assigned: list[int]) -> list[int]:
+    """Give each piece to the rank with the fewest bytes so far, the largest piece first; all ranks agree.
+
+    Args:
+        sizes (`list[int]`): Bytes of each piece.
+        assigned (`list[int]`): Bytes that each rank has been given, for units before this one too. Is added to.
+    Returns:
+        `list[int]`: The reader of each piece.
+    """
     readers = [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        readers[index] = min(range(num_ranks), key=lambda candidate: (load[candidate], candidate))
-        load[readers[index]] += sizes[index]
+        readers[index] = min(range(len(assigned)), key=lambda reader: (assigned[reader], reader))
+        assigned[readers[index]] += sizes[index]
     return readers
 
 
