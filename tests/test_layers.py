@@ -19,9 +19,10 @@ LAYERS = [
     {"errors", "units", "orders"},
     {"ranks"},
     {"anatomy", "compat", "kernels", "packing", "translation", "weights"},
-    {"adapters", "config", "planner", "recipes"},
-    {"loader", "experts", "sharding"},
-    {"trainer", "export"},
+    {"adapters", "config", "planner", "recipes", "summary"},
+    {"experts", "sharding"},
+    {"loader", "export"},
+    {"trainer"},
     {"launch", "doctor", "demo"},
     {"cli"},
 ]
@@ -36,12 +37,11 @@ LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in 
 
 
 def find_imports(source: str, location: tuple[str, ...]) -> Iterator[str]:
-    """
-    Yields the modules of the package that a file imports, `"__init__"` for the package itself.
+    """Yield what a file imports from the package: the first name below it, or `"__init__"` for the package itself.
 
     Args:
-        source: The text of the file.
-        location: The packages that the file lies in, from the top one on, as `("hf_qlora_fsdp", "compat")`.
+        source (`str`): The text of the file.
+        location (`tuple[str, ...]`): The packages it lies in, from the top one on: `("hf_qlora_fsdp", "compat")`.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -54,17 +54,19 @@ def find_imports(source: str, location: tuple[str, ...]) -> Iterator[str]:
             continue
         for top, *rest in targets:
             if top == PACKAGE.name and not NAMES_OF_INIT.intersection(rest[:1]):
-                yield rest[0] if rest and rest[0] in LAYER_OF else "__init__"
+                yield rest[0] if rest else "__init__"
 
 
 def find_faults(module: str, source: str, location: tuple[str, ...] = (PACKAGE.name,)) -> list[str]:
-    """Says what is wrong with the imports of one file of `module`, in words for the one who wrote it."""
+    """Say what is wrong with the imports of one file of `module`, in words for the one who wrote it."""
     if module not in LAYER_OF:
         return [f"{module} has no layer yet: add it to LAYERS"]
     faults = []
     for imported in sorted(set(find_imports(source, location)) - {module}):
-        if imported == "__init__":
-            faults.append(f"{module} imports from the package itself: import from the module that defines the name")
+        if imported not in LAYER_OF:
+            faults.append(
+                f"{module} imports {imported}, no module of LAYERS: import from the one that defines the name"
+            )
         elif LAYER_OF[imported] >= LAYER_OF[module]:
             layers = f"layer {LAYER_OF[module]} imports from layer {LAYER_OF[imported]}, which is not lower"
             faults.append(f"{module} imports {imported}: {layers}")
@@ -96,8 +98,8 @@ def test_imports_go_down(path: Path) -> None:
         ("planner", "if TYPE_CHECKING:\n    from .loader import load", "not lower"),
         ("loader", "from .config import QLoRAFSDPConfig", "plain arguments"),
         ("export", "from . import config", "plain arguments"),
-        ("demo", "from hf_qlora_fsdp import QLoRAFSDPTrainer", "package itself"),
-        ("demo", "import hf_qlora_fsdp", "package itself"),
+        ("demo", "from hf_qlora_fsdp import QLoRAFSDPTrainer", "no module of LAYERS"),
+        ("demo", "import hf_qlora_fsdp", "no module of LAYERS"),
         ("helpers", "import os", "no layer"),
     ],
 )
