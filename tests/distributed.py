@@ -63,20 +63,19 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     timeout: float = 180,
 ) -> list[Any]:
-    """
-    Calls `fn(rank, *args)` on each of `world_size` new processes.
+    """Call `fn(rank, *args)` on each of `world_size` new processes.
 
     Args:
-        fn: A function at the top level of an importable module.
-        world_size: The number of processes.
-        *args: Passed to `fn` on each rank; pickled.
-        backend: Of the default process group. With `"gloo"` the ranks see no CUDA device, so that a test on the CPU is
-            the same test everywhere; with `"cpu:gloo,cuda:nccl"` each rank has its own.
-        env: Added to the environment of each rank before anything is imported there.
-        timeout: Seconds for everything, the start of the processes included.
+        fn (`Callable`): A function at the top level of an importable module.
+        world_size (`int`): The number of processes.
+        *args (`Any`): Passed to `fn` on each rank; pickled.
+        backend (`str`): Of the default process group. With `"gloo"` the ranks see no CUDA device, so that a test on the
+            CPU is the same test everywhere; with `"cpu:gloo,cuda:nccl"` each rank has its own.
+        env (`Mapping[str, str]`, *optional*): Added to the environment of each rank before torch is imported there.
+        timeout (`float`): Seconds for everything, the start of the processes included.
 
     Returns:
-        What `fn` returned, in the order of the ranks.
+        `list`: What `fn` returned, in the order of the ranks.
 
     Raises:
         RuntimeError: A rank raised or died. The message holds its traceback; the other ranks have been ended.
@@ -88,8 +87,7 @@ def run_ranks(
 
 
 class RankPool:
-    """
-    `world_size` processes that keep their default process group and run one function after the other.
+    """`world_size` processes that keep their default process group and run one function after the other.
 
     The processes start with the first `run`. A function that fails, or that leaves without the default process group,
     costs the pool its processes, and the next `run` starts new ones. The arguments are those of [`run_ranks`].
@@ -117,7 +115,7 @@ class RankPool:
         self.close()
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
-        """Calls `fn(rank, *args)` on every rank; see [`run_ranks`] for what is returned and raised."""
+        """Call `fn(rank, *args)` on every rank; see [`run_ranks`] for what is returned and raised."""
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         job = pickle.dumps((fn, args, list(warnings.filters)))
         if not self._workers:
@@ -137,7 +135,7 @@ class RankPool:
         return [reports[rank].result for rank in range(self.world_size)]
 
     def close(self) -> None:
-        """Lets the ranks leave the process group together and exit. The pool can be used again after that."""
+        """Let the ranks leave the process group together and exit. The pool can be used again after that."""
         for worker in self._workers:
             with contextlib.suppress(BrokenPipeError):
                 worker.pipe.send_bytes(GOODBYE)
@@ -158,7 +156,7 @@ class RankPool:
             self._workers.append(_Worker(place, process, ours))
 
     def _collect(self, deadline: float) -> dict[int, _Report]:
-        """Waits for reports until all are here, the deadline passes, or the grace after a first failure is over."""
+        """Wait for reports until all are here, the deadline passes, or the grace after a first failure is over."""
         reports: dict[int, _Report] = {}
         waiting = {worker.pipe: worker for worker in self._workers}
         while waiting:
@@ -240,7 +238,7 @@ class _Worker:
             return _Report(error=f"the process ended with exit code {self.process.exitcode} before it could report")
 
     def stack(self) -> str:
-        """The Python stack of a rank that does not answer, which its `faulthandler` writes on SIGUSR1."""
+        """Return the Python stack of a rank that does not answer, which its `faulthandler` writes on SIGUSR1."""
         if not self.place.stack_file.exists():
             return "(still starting)"
         assert self.process.pid is not None, "a started process has an id"
@@ -305,7 +303,7 @@ def _leave() -> None:
 
 
 def _run_job(place: _Place, job: bytes) -> bytes:
-    """Runs one function and packs its report. Whatever goes wrong is the report, a result that does not pickle too."""
+    """Run one function and pack its report. Whatever goes wrong is the report, a result that does not pickle too."""
     import torch
     import torch.distributed as dist
 
@@ -327,7 +325,7 @@ def _run_job(place: _Place, job: bytes) -> bytes:
 
 
 def _adopt_filters(filters: list[Any]) -> None:
-    """Makes the parent's warning filters this process's own."""
+    """Make the parent's warning filters this process's own."""
     warnings.resetwarnings()
     for action, message, category, module, lineno in reversed(filters):  # each call puts its filter in front
         # A filter holds compiled patterns, the call wants their texts.

@@ -14,7 +14,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "
 
 
 def heavy_modules_after(statement: str) -> set[str]:
-    """Returns which of `HEAVY` a fresh interpreter has loaded after `statement`."""
+    """Return which of `HEAVY` a fresh interpreter has loaded after `statement`."""
     program = f"{statement}\nimport sys\nprint(*sys.modules)"
     printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     return HEAVY.intersection(printed.split())

@@ -65,20 +65,20 @@ def make_checkpoint(
     seed: int = 0,
     **overrides: Any,
 ) -> str:
-    """
-    Writes a random model of two layers, with its tokenizer, as `save_pretrained` writes a real one.
+    """Write a random model of two layers, with its tokenizer, as `save_pretrained` writes a real one.
 
     Args:
-        path: The folder to write to; made if it does not exist.
-        model_type: One of `FAMILIES`.
-        tie: Whether the output embedding is the input embedding.
-        dtype: What the weights are stored in.
-        max_shard_size: Splits the weights into files of at most this size, in bytes or as `"100KB"`.
-        seed: Draws the weights; the same seed gives the same bytes.
-        **overrides: Fields of the family's configuration.
+        path (`str` or `Path`): The folder to write to; made if it does not exist.
+        model_type (`str`): One of `FAMILIES`.
+        tie (`bool`): Whether the output embedding is the input embedding.
+        dtype (`torch.dtype`): What the weights are stored in.
+        max_shard_size (`int` or `str`, *optional*): Splits the weights into files of at most this size, in bytes or as
+            `"100KB"`.
+        seed (`int`): Draws the weights; the same seed gives the same bytes.
+        **overrides (`Any`): Fields of the family's configuration.
 
     Returns:
-        `path` as a string, which is what trainers take for a model id.
+        `str`: `path` as a string, which is what trainers take for a model id.
     """
     model = make_model(model_type, tie=tie, dtype=dtype, seed=seed, **overrides)
     split: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -94,7 +94,7 @@ def make_model(
     seed: int = 0,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Builds the model of [`make_checkpoint`] in memory."""
+    """Build the model of [`make_checkpoint`] in memory."""
     sizes = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": HIDDEN_SIZE,
@@ -118,8 +118,7 @@ def make_model(
 
 @torch.no_grad()
 def draw_parameters(model: PreTrainedModel, seed: int) -> None:
-    """
-    Draws every parameter anew, in fp32 and in a fixed order, then rounds it to the dtype it is stored in.
+    """Draw every parameter anew, in fp32 and in a fixed order, then round it to the dtype it is stored in.
 
     Vectors are norms, which stay around their neutral value (one, or Gemma's zero), and biases, which start at zero.
     """
@@ -130,7 +129,7 @@ def draw_parameters(model: PreTrainedModel, seed: int) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds a tokenizer with one token a byte and the special tokens."""
+    """Build a tokenizer with one token a byte and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -148,13 +147,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_dataset(num_rows: int, form: str = "text", seed: int = 0) -> Dataset:
-    """
-    Returns sums to learn, in rows of unequal length.
+    """Return sums to learn, in rows of unequal length.
 
     Args:
-        num_rows: How many.
-        form: `"text"`, `"prompt_completion"`, or `"conversational"`, a column `messages` of two turns.
-        seed: Draws the numbers.
+        num_rows (`int`): How many.
+        form (`str`): `"text"`, `"prompt_completion"`, or `"conversational"`, a column `messages` of two turns.
+        seed (`int`): Draws the numbers.
     """
     rng = random.Random(seed)
     rows = []
