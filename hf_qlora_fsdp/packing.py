@@ -24,6 +24,7 @@ Shape suffixes: N out_features, K in_features, M elements of the packed buffer.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from dataclasses import dataclass
@@ -270,9 +271,11 @@ def repack(linear: bnb.nn.Linear4bit, *, compute_dtype: torch.dtype, storage_dty
         compute_dtype (`torch.dtype`): Dtype of the matrix product.
         storage_dtype (`torch.dtype`): Dtype the packed buffer is viewed in.
     """
-    weight = linear.weight
+    weight, codes = linear.weight, linear.weight.data
     # fully_shard and torch.compile strip the Params4bit class, not the state that the layer keeps for that case.
     state = getattr(weight, "quant_state", None) or linear.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        codes, state = _undo_evaluation(codes, state)
     layout = PackedLayout(
         (linear.out_features, linear.in_features),
         weight.quant_type if state is None else state.quant_type,
@@ -282,14 +285,28 @@ def repack(linear: bnb.nn.Linear4bit, *, compute_dtype: torch.dtype, storage_dty
     packed_linear = PackedLinear4bit(
         layout, bias=linear.bias is not None, compute_dtype=compute_dtype, storage_dtype=storage_dtype
     )
+    packed_linear.source_cls = getattr(linear, "source_cls", nn.Linear)  # set by transformers where it replaced a layer
     if state is not None:
-        codes = weight.data
-        if getattr(state, "packing_format_for_cpu", False):
-            # An evaluation on an AVX512 CPU re-orders the codes in place (bitsandbytes nn/modules.py, Linear4bit.forward).
-            codes, state = bnb_functional._convert_weight_packed_for_cpu_inverse(codes, state)
         packed_linear.set_packed(pack(codes, state, layout, storage_dtype))
     if linear.bias is not None:
         bias = linear.bias.detach().to(compute_dtype)
         packed_linear.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
     packed_linear.train(linear.training)
     return packed_linear
+
+
+def _undo_evaluation(
+    codes: torch.Tensor, state: bnb_functional.QuantState
+) -> tuple[torch.Tensor, bnb_functional.QuantState]:
+    """Put codes back in order that an evaluation on an AVX512 CPU has re-ordered in place.
+
+    The codes are the same as before. The scales are not: that evaluation rounds them to bfloat16.
+
+    Source:
+        bitsandbytes 0.50 (nn/modules.py, `Linear4bit.forward`), whose own inverse forgets the order of plain scales.
+    """
+    state = copy.copy(state)
+    codes, state = bnb_functional._convert_weight_packed_for_cpu_inverse(codes, state)
+    if not state.nested:
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return codes, state
