@@ -70,12 +70,12 @@ def find_weights(model_id_or_path: str, **hub: object) -> list[str]:
         ValueError: There are none: an adapter, pickled `.bin` files, a GGUF, or nothing at all.
     """
     quiet = {"_raise_exceptions_for_missing_entries": False, **hub}
+    single = cached_file(model_id_or_path, SAFE_WEIGHTS_NAME, **quiet)  # where both are, transformers takes this one
+    if single is not None:
+        return [single]
     index = cached_file(model_id_or_path, SAFE_WEIGHTS_INDEX_NAME, **quiet)
     if index is not None:
         return _shard_files(model_id_or_path, index, hub)
-    single = cached_file(model_id_or_path, SAFE_WEIGHTS_NAME, **quiet)
-    if single is not None:
-        return [single]
     for name, what, instead in (
         ("adapter_config.json", "is a LoRA adapter", "Pass the base model that its adapter_config.json names."),
         (WEIGHTS_NAME, "holds pickled .bin weights", _CONVERT_BIN),
