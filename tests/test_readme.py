@@ -1,0 +1,85 @@
+"""The README says what is true: its script runs, its table is the one of the results, its options are the config's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig
+
+from hf_qlora_fsdp import QLoRAFSDPConfig
+from tests.tiny import make_checkpoint, tiny_dataset
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def replace_once(text: str, old: str, new: str) -> str:
+    assert text.count(old) == 1, old
+    return text.replace(old, new)
+
+
+def test_script_trains_and_its_adapter_loads(tmp_path):
+    """The training script runs as printed, but for the names of model and data and the number of steps."""
+    script, loading = code_blocks("python")
+    model = make_checkpoint(tmp_path / "model")
+    tiny_dataset(16, "conversational").to_json(tmp_path / "data.jsonl")
+    script = replace_once(script, '"meta-llama/Llama-2-70b-hf"', repr(model))
+    script = replace_once(
+        script,
+        'load_dataset("trl-lib/Capybara", split="train")',
+        f'load_dataset("json", data_files={str(tmp_path / "data.jsonl")!r}, split="train")',
+    )
+    script = replace_once(script, "max_steps=500", "max_steps=2")
+    (tmp_path / "sft.py").write_text(script)
+    (command,) = re.findall(r"^    (torchrun .* sft\.py)$", README, flags=re.MULTILINE)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=240,
+    )
+    loading = replace_once(loading, '"meta-llama/Llama-2-70b-hf"', repr(model))
+    loading = replace_once(loading, '"llama-sft/final"', repr(str(tmp_path / "llama-sft" / "final")))
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": PeftModel}
+    exec(loading, names)
+    trained = [value for name, value in names["model"].named_parameters() if "lora_B" in name]
+    assert trained and all(value.abs().max() > 0 for value in trained)
+
+
+def test_table_of_results_is_the_generated_one():
+    from benchmarks.table import format_table, read_runs
+
+    assert f"<!-- python benchmarks/table.py -->\n{format_table(read_runs())}\n<!-- end of table -->" in README
+
+
+def test_table_of_options_is_complete():
+    """Every option of our own is in the table, with its default."""
+    upstream = {field.name for field in dataclasses.fields(SFTConfig)}
+    own = {field.name: field.default for field in dataclasses.fields(QLoRAFSDPConfig) if field.name not in upstream}
+    printed = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README, flags=re.MULTILINE))
+    assert printed == {name: f'"{value}"' if isinstance(value, str) else str(value) for name, value in own.items()}
+
+
+def test_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^    make (\S+)$", README, flags=re.MULTILINE)
+    assert targets == ["demo", "test"]
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
