@@ -10,8 +10,8 @@ Each byte of the checkpoint is thus read by one rank of a node, and what travels
 nodes read their own copy: a disk is closer than another machine.
 
 **Memory.** With S the bytes of a rank's shards, U those of the largest unit in its final form (4 bits, or 16 for the
-embedding), and T those of the largest single tensor as it lies in the checkpoint and once more in the parameter dtype,
-the peak on the device of a rank while loading is
+embedding), and T those of the largest single tensor as it lies in the checkpoint and once more in the parameter dtype
+(where transformers makes one weight of several stored ones, all of these), the peak on the device of a rank while loading is
 
     S + 2 U + T
 
@@ -32,6 +32,8 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -115,13 +117,13 @@ def load_quantized_model(
     join_process_group("cuda" if torch.cuda.is_available() else "cpu")
     if peft_config is not None:
         check_peft_config(peft_config)
-    started = time.monotonic()
+    started, mesh = time.monotonic(), make_mesh()
     with fail_together(f"opening {model_id_or_path}"):
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         kernels = {name: kwargs.pop(name) for name in ("use_kernels", "kernel_config") if name in kwargs}
         model = _build(model_id_or_path, quantization_config, policy, hub, trust_remote_code, kwargs)
         weights = Weights(find_weights(model_id_or_path, **hub))
-        loading = _Loading(model, weights, plan_recipes(model, weights, key_mapping), policy)
+        loading = _Loading(model, weights, plan_recipes(model, weights, key_mapping), policy, mesh)
     loading.run(peft_config, progress)
     root = loading.root
     loading.report.seconds = time.monotonic() - started
@@ -140,14 +142,16 @@ class _Loading:
     weights: Weights
     recipes: list[Recipe]
     policy: ShardingPolicy
+    mesh: DeviceMesh
     root: Any = None
     report: LoadReport = field(init=False)
 
     def __post_init__(self) -> None:
-        self.mesh = make_mesh()
         self.device = mesh_device(self.mesh)
         self.report = LoadReport(self.weights.num_bytes)
-        self.report.largest_tensor_bytes = max(stored.num_bytes for stored in self.weights.tensors.values())
+        self.report.largest_tensor_bytes = max(
+            recipe.transient_bytes(self.weights, self.policy.param_dtype) for recipe in self.recipes
+        )
         self.bytes_assigned = [0] * local_world_size()
         self.units = plan_units(self.model, self.policy.class_names)
         # Adapters rename modules, so tensors are addressed by module object from here on.
@@ -175,8 +179,8 @@ class _Loading:
                         initialize_adapter(module, peft_config, self.device)
                 # Parameters change their identity while they come in, so this is asked anew for each unit.
                 ignored = float32_parameters(self.model, self.policy.param_dtype)
+                self._measure(modules)
                 if unit:
-                    self._measure(modules)
                     shard_unit(self.model, unit, self.policy, self.mesh, ignored)
                 else:
                     shard_root(self.root, self.policy, self.mesh, ignored)
@@ -203,17 +207,14 @@ class _Loading:
         num_ranks = local_world_size()
         my_rank = rank() % num_ranks
         readers = _balance([recipe.num_bytes(self.weights) for recipe in recipes], self.bytes_assigned)
-        staged: dict[str, torch.Tensor] = {}
+        whole: dict[str, torch.Tensor] = {}
         with fail_together(f"reading {name}"):
             for recipe, reader in zip(recipes, readers, strict=True):
-                if reader == my_rank:
-                    staged |= self._read(recipe)
+                whole |= self._read(recipe) if reader == my_rank else self._make_room(recipe)
         for recipe, reader in zip(recipes, readers, strict=True):
             for target in recipe.targets:
-                slot, module, leaf = self._slot(target)
-                tensor = staged.pop(target, None)
-                if tensor is None:
-                    tensor = torch.empty(slot.shape, dtype=slot.dtype, device=self.device)
+                _, module, leaf = self._slot(target)
+                tensor = whole.pop(target)
                 if num_ranks > 1:
                     source = rank() - my_rank + reader
                     dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=source, group=node)
@@ -223,7 +224,7 @@ class _Loading:
     def _read(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """Read one recipe's tensors and bring them into their final form on the device."""
         made = {}
-        for target, (tensor, scales) in recipe.realize(self.weights.read, self.model).items():
+        for target, (tensor, scales) in recipe.realize(self.weights.read).items():
             slot, module, leaf = self._slot(target)
             if not isinstance(module, PackedLinear4bit) or leaf != "weight":
                 made[target] = tensor.to(self.device, slot.dtype).contiguous()
@@ -235,6 +236,10 @@ class _Loading:
                 made[target] = quantize(weight, module.layout, slot.dtype)
         return made
 
+    def _make_room(self, recipe: Recipe) -> dict[str, torch.Tensor]:
+        """Allocate what another rank will send."""
+        return {target: torch.empty_like(self._slot(target)[0], device=self.device) for target in recipe.targets}
+
     def _slot(self, target: str) -> tuple[torch.Tensor, nn.Module, str]:
         """Return the empty parameter or buffer that a target fills, its module, and its name there."""
         path, _, leaf = target.rpartition(".")
@@ -243,7 +248,7 @@ class _Loading:
 
     def _measure(self, modules: list[nn.Module]) -> None:
         parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
-        num_bytes = sum(parameter.nbytes for parameter in parameters.values())
+        num_bytes = sum(parameter.nbytes for parameter in parameters.values() if not isinstance(parameter, DTensor))
         self.report.largest_unit_bytes = max(self.report.largest_unit_bytes, num_bytes)
 
 
@@ -259,9 +264,13 @@ def _build(
     build_options = {
         name: overrides.pop(name) for name in ("attn_implementation", "experts_implementation") if name in overrides
     }
-    config, unknown = AutoConfig.from_pretrained(
-        model_id_or_path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **hub, **overrides
-    )
+    try:
+        config, unknown = AutoConfig.from_pretrained(
+            model_id_or_path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **hub, **overrides
+        )
+    except OSError:
+        find_weights(model_id_or_path, **hub)  # says what is there instead of a model, e.g. an adapter
+        raise
     if unknown:
         raise ValueError(
             f"{sorted(unknown)} is neither an option of load_quantized_model nor a value of {type(config).__name__}. "

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 from .errors import RankError
 
@@ -50,7 +51,7 @@ def log_once(message: str, *args: object, level: int = logging.WARNING) -> None:
         logger.log(level, message, *args)
 
 
-def join_process_group(device_type: str) -> None:
+def join_process_group(device_type: str, timeout_seconds: float | None = None) -> None:
     """Join the process group of the launcher, or found a group of one where there is no launcher.
 
     The group serves both kinds of device (`cuda:nccl,cpu:gloo`): clipping and saving reduce tensors that live on the
@@ -59,6 +60,8 @@ def join_process_group(device_type: str) -> None:
 
     Args:
         device_type (`str`): `"cuda"`, or `"cpu"` for gloo processes without an accelerator.
+        timeout_seconds (`float`, *optional*): How long a collective waits for the other ranks (`ddp_timeout`). Defaults
+            to the backend's. A group that already exists keeps its own.
     """
     import torch
     import torch.distributed as dist
@@ -72,11 +75,12 @@ def join_process_group(device_type: str) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo"
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     if alone:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         log_once("No launcher found: training in this one process. For all GPUs: torchrun --nproc_per_node N script.py")
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ The rules themselves are upstream's (`transformers.conversion_mapping`), applied
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,7 @@ class Recipe:
         converter (`WeightConverter`, *optional*): What to do with them. `None` where one becomes one.
         quant_state (`dict[str, str]`): Stored scales of an already quantised weight, by their role.
         duplicate (`str`, *optional*): A second stored copy, of a weight that the config ties to this one.
+        shapes (`_Shapes`, *optional*): What a converter may ask about the model.
     """
 
     targets: list[str]
@@ -50,6 +52,7 @@ class Recipe:
     converter: WeightConverter | None = None
     quant_state: dict[str, str] = field(default_factory=dict)
     duplicate: str | None = None
+    shapes: _Shapes | None = None
 
     @property
     def stored_names(self) -> list[str]:
@@ -59,14 +62,19 @@ class Recipe:
     def num_bytes(self, weights: Weights) -> int:
         return sum(weights.tensors[name].num_bytes for name in self.stored_names)
 
+    def transient_bytes(self, weights: Weights, dtype: torch.dtype) -> int:
+        """Return what is in memory while this is made: all it reads, and once more in the parameter dtype."""
+        assert self.shapes is not None
+        made = [] if self.quant_state else [math.prod(self.shapes.shape(name)) for name in self.targets]
+        return self.num_bytes(weights) + dtype.itemsize * sum(made)
+
     def realize(
-        self, read: Callable[[str], torch.Tensor], model: PreTrainedModel
+        self, read: Callable[[str], torch.Tensor]
     ) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         """Read the sources and return each target's tensor, with its scales if it was stored quantised.
 
         Args:
             read (`Callable`): Reads one stored tensor by name.
-            model (`PreTrainedModel`): The model, which a few conversions ask for its config.
         """
         scales = {role: read(name) for role, name in self.quant_state.items()}
         if self.converter is None:
@@ -77,7 +85,7 @@ class Recipe:
                     "different values for them. Load with tie_word_embeddings=False (in model_init_kwargs)."
                 )
             return {self.targets[0]: (tensor, scales)}
-        return {name: (tensor, {}) for name, tensor in _convert(self, read, model).items()}
+        return {name: (tensor, {}) for name, tensor in _convert(self, read).items()}
 
 
 def plan_recipes(model: PreTrainedModel, weights: Weights, key_mapping: dict[str, str] | None = None) -> list[Recipe]:
@@ -94,10 +102,14 @@ def plan_recipes(model: PreTrainedModel, weights: Weights, key_mapping: dict[str
     stored_weights, quant_states = _separate_quant_states(weights)
     recipes, unexpected = _match_names(model, stored_weights, expected, key_mapping)
     recipes = _merge_tied(model, recipes)
+    shapes = _Shapes(model, expected)
     for recipe in recipes:
         (first, *_) = recipe.stored_names
-        recipe.quant_state = quant_states.get(first, {})
-        _check_shapes(recipe, model, weights, expected)
+        recipe.quant_state, recipe.shapes = quant_states.get(first, {}), shapes
+        if recipe.quant_state:
+            _check_quantized(recipe, model, weights)
+        else:
+            _check_shapes(recipe, weights)
     _check_complete(model, recipes, unexpected, set(expected))
     return recipes
 
@@ -141,6 +153,11 @@ def _match_names(
         if target not in expected:
             unexpected.append(name)
         elif pattern is None:
+            if target in recipes:
+                raise ValueError(
+                    f"The checkpoint holds both {recipes[target].stored_names[0]!r} and {name!r}, which are {target!r} in "
+                    f"{type(model).__name__}, and only one can be. Remove one of them from the checkpoint."
+                )
             recipes[target] = Recipe([target], {name: [name]})
         else:
             recipe = recipes.setdefault(target, Recipe([target], {}, copy.deepcopy(by_pattern[pattern])))
@@ -154,6 +171,9 @@ def _merge_tied(model: PreTrainedModel, recipes: list[Recipe]) -> list[Recipe]:
     for target, source in model.all_tied_weights_keys.items():
         if target in by_target and source in by_target:
             by_target[source].duplicate = by_target.pop(target).stored_names[0]
+        elif target in by_target:
+            by_target[source] = by_target.pop(target)
+            by_target[source].targets = [source]
     return list(by_target.values())
 
 
@@ -162,35 +182,74 @@ def _natural_order(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _convert(
-    recipe: Recipe, read: Callable[[str], torch.Tensor], model: PreTrainedModel
-) -> dict[str, torch.Tensor]:
-    assert recipe.converter is not None
+class _Shapes:
+    """Stands in for the model where a conversion asks it for shapes: those of its weights before they are in 4 bits.
+
+    By the time a conversion runs, the model's own parameters are packed, wrapped by PEFT, or sharded.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        self.config = model.config
+        self._empty = {name: torch.empty(logical_shape(model, name), device="meta") for name in names}
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return self._empty[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._empty[name].shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._empty
+
+
+def _convert(recipe: Recipe, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    assert recipe.converter is not None and recipe.shapes is not None
     converter = copy.deepcopy(recipe.converter)
     for pattern, names in recipe.sources.items():
         for name in names:
             converter.add_tensor(recipe.targets[0], name, pattern, read(name))
-    converted = converter.convert(recipe.targets[0], model=model, config=model.config)
+    converted = converter.convert(recipe.targets[0], model=recipe.shapes, config=recipe.shapes.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
-def _check_shapes(recipe: Recipe, model: PreTrainedModel, weights: Weights, expected: dict[str, torch.Tensor]) -> None:
-    if recipe.quant_state:
-        return  # packed codes have a shape of their own; `packing.pack` checks their size
+def _check_shapes(recipe: Recipe, weights: Weights) -> None:
+    assert recipe.shapes is not None
     if recipe.converter is None:
         shapes = {recipe.targets[0]: weights.tensors[recipe.stored_names[0]].shape}
     else:
         # A dry run without memory tells the names and shapes that come out.
-        dry = _convert(recipe, lambda name: torch.empty(weights.tensors[name].shape, device="meta"), model)
+        dry = _convert(recipe, lambda name: torch.empty(weights.tensors[name].shape, device="meta"))
         recipe.targets = list(dry)
         shapes = {name: tuple(tensor.shape) for name, tensor in dry.items()}
     for name, shape in shapes.items():
-        if name in expected and tuple(shape) != logical_shape(model, name):
+        if name in recipe.shapes and shape != recipe.shapes.shape(name):
             raise ValueError(
                 f"{recipe.stored_names[0]!r} gives {name!r} the shape {list(shape)}, but config.json describes "
-                f"{list(logical_shape(model, name))}. Weights and config do not belong together; download both from "
+                f"{list(recipe.shapes.shape(name))}. Weights and config do not belong together; download both from "
                 "one revision."
             )
+
+
+def _check_quantized(recipe: Recipe, model: PreTrainedModel, weights: Weights) -> None:
+    """Check from the headers that a stored quantised weight has a 4-bit layer, of its own kind and size, to go to."""
+    name, target = recipe.stored_names[0], recipe.targets[0]
+    module = model.get_submodule(target.rpartition(".")[0])
+    if recipe.converter is not None or not isinstance(module, PackedLinear4bit):
+        raise ValueError(
+            f"{name!r} is stored in 4 bits, but {target!r} is no 4-bit layer of its own in {type(model).__name__}: it is "
+            "listed in llm_int8_skip_modules, or made of several stored weights. Load the 16-bit checkpoint instead; it "
+            "is quantised while it is read."
+        )
+    layout, state = module.layout, recipe.quant_state
+    marker = next((part for part in state if part.startswith("quant_state.")), "")
+    absmax_bytes = weights.tensors[state["absmax"]].num_bytes if "absmax" in state else 0
+    stored = (marker.rpartition("__")[2], "nested_absmax" in state, weights.tensors[name].num_bytes, absmax_bytes)
+    if stored != (layout.quant_type, layout.double_quant, layout.codes_bytes, layout.absmax_bytes):
+        raise ValueError(
+            f"{name!r} is stored as {stored[0] or 'an unknown type'}, double_quant={stored[1]}, {stored[2]:,} bytes of codes "
+            f"and {stored[3]:,} of scales, but config.json describes {layout} ({layout.codes_bytes:,} and "
+            f"{layout.absmax_bytes:,} bytes). Weights and config do not belong together; download both from one revision."
+        )
 
 
 def _check_complete(model: PreTrainedModel, recipes: list[Recipe], unexpected: list[str], expected: set[str]) -> None:
@@ -209,10 +268,9 @@ def _check_complete(model: PreTrainedModel, recipes: list[Recipe], unexpected: l
             "They would be left at random values. Download the checkpoint again, or pass key_mapping if it uses other "
             "names."
         )
-    # Checkpoints of old carry each layer's rotary frequencies, which are computed today.
-    stray = _without_ignored(
-        set(unexpected), {*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"}
-    )
+    # Checkpoints of old carry what is computed today: each layer's rotary frequencies, and the position ids.
+    computed = {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}
+    stray = _without_ignored(set(unexpected), computed | set(model._keys_to_ignore_on_load_unexpected or ()))
     if stray:
         raise ValueError(
             f"The checkpoint holds {len(stray)} tensors that {type(model).__name__} has no place for: {_some(stray)}. "
