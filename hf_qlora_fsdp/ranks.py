@@ -83,6 +83,13 @@ def join_process_group(device_type: str, timeout_seconds: float | None = None) -
         dist.init_process_group(backend, timeout=timeout)
 
 
+def collective_device() -> str:
+    """Return where small tensors are best reduced: on the CPU if the group can, so that no accelerator is waited for."""
+    import torch.distributed as dist
+
+    return "cpu" if "cpu:" in str(dist.get_backend_config()) else "cuda"
+
+
 @contextlib.contextmanager
 def fail_together(stage: str) -> Iterator[None]:
     """Run a stage on every rank; if it fails on one, raise on all.
@@ -116,8 +123,7 @@ def _exchange_failures(message: str | None) -> dict[int, str]:
     import torch
     import torch.distributed as dist
 
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    num_failed = torch.tensor([message is not None], dtype=torch.int32, device=device)
+    num_failed = torch.tensor([message is not None], dtype=torch.int32, device=collective_device())
     dist.all_reduce(num_failed)
     if not num_failed.item():
         return {}
