@@ -96,8 +96,8 @@ class QLoRAFSDPConfig(SFTConfig):
     cpu_offload: bool = field(
         default=False,
         metadata={
-            "help": "Keep each rank's shards in host memory and copy a unit to the device when it is needed: much less "
-            "device memory, slower steps. The optimizer step then runs on the CPU."
+            "help": "Keep each rank's frozen shards in host memory and copy a unit to the device when it is needed: "
+            "much less device memory, slower steps. The adapter and its optimizer stay on the device."
         },
     )
     cpu_offload_pin_memory: bool = field(
@@ -305,8 +305,11 @@ class QLoRAFSDPConfig(SFTConfig):
         elif not self.use_cpu and not torch.cuda.is_available():
             other = torch.accelerator.current_accelerator(check_available=True)
             if other is not None and other.type != "mps":  # neither bitsandbytes nor FSDP2 serve Apple's GPUs
-                ranks.log_once(f"Nobody has tested this package on {other.type} devices yet.")
-                return other.type
+                raise refusal(
+                    f"a machine with {other.type} devices and no CUDA",
+                    "quantisation and collectives are written and tested for CUDA devices and for CPUs",
+                    "Write use_cpu=True to train on the CPU.",
+                )
             self.use_cpu = True
             ranks.log_once("No CUDA device found: training on the CPU.")
         if self.use_cpu and self.fp16:
@@ -325,11 +328,7 @@ class QLoRAFSDPConfig(SFTConfig):
             if self.ddp_backend not in (None, _CUDA_AND_CPU):
                 ranks.log_once(f"ddp_backend={self.ddp_backend!r} becomes {_CUDA_AND_CPU!r}.")
             self.ddp_backend = _CUDA_AND_CPU
-        if device_type not in ("cpu", "cuda"):
-            return
-        if self.ddp_timeout != type(self).ddp_timeout:
-            ranks.log_once(f"ddp_timeout={self.ddp_timeout} has no effect: the process group has torch's own timeout.")
-        ranks.join_process_group(device_type)
+        ranks.join_process_group(device_type, self.ddp_timeout)
         if self.cpu_offload and "cpu:" not in get_backend_config():
             raise refusal(
                 f"cpu_offload=True in a process group of {get_backend_config()}",

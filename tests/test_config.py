@@ -443,13 +443,12 @@ def test_without_a_gpu_the_cpu_trains_and_it_is_said(make, monkeypatch, lines):
     assert lines() == ["No CUDA device found: training on the CPU."]
 
 
-def test_other_accelerators_are_named_as_untested(make, monkeypatch, lines):
+def test_other_accelerators_are_refused(make, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("xpu"))
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
-    config = make(use_cpu=False, param_dtype="float32")
-    assert not config.use_cpu
-    assert lines() == ["Nobody has tested this package on xpu devices yet."]
+    with pytest.raises(ValueError, match=r"xpu devices and no CUDA.*use_cpu=True"):
+        make(use_cpu=False)
+    assert make(use_cpu=True).use_cpu
 
 
 def test_the_group_of_a_gpu_run_serves_the_cpu_as_well(make, monkeypatch, lines):
@@ -464,9 +463,11 @@ def test_the_group_of_a_gpu_run_serves_the_cpu_as_well(make, monkeypatch, lines)
     assert lines() == []
 
 
-def test_a_timeout_that_nobody_reads_is_said(make, lines):
+def test_the_group_waits_as_long_as_it_is_told(make, lines):
     make(ddp_timeout=60)
-    assert len(lines()) == 1 and lines()[0].startswith("ddp_timeout=60 has no effect")
+    assert dist.distributed_c10d._get_default_timeout("gloo").total_seconds() != 60
+    assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 60
+    assert lines() == []
 
 
 def test_offload_needs_a_group_that_serves_the_cpu(make, monkeypatch):
