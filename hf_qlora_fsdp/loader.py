@@ -41,6 +41,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from .adapters import check_peft_config, initialize_adapter, inject_adapter
 from .anatomy import Unit, build_meta_model, plan_units, refuse_fused_experts
+from .fitting import Need, available_bytes, check_fits
 from .packing import PackedLinear4bit, pack, quantize, repack
 from .ranks import fail_together, join_process_group, local_world_size, log_once, rank
 from .recipes import Recipe, plan_recipes
@@ -124,6 +125,8 @@ def load_quantized_model(
         model = _build(model_id_or_path, quantization_config, policy, hub, trust_remote_code, kwargs)
         weights = Weights(find_weights(model_id_or_path, **hub))
         loading = _Loading(model, weights, plan_recipes(model, weights, key_mapping), policy, mesh)
+        free = available_bytes(loading.device, with_swap=not policy.cpu_offload_pin_memory)
+        check_fits(model_id_or_path, loading.need(), mesh.device_type, free)
     loading.run(peft_config, progress)
     root = loading.root
     loading.report.seconds = time.monotonic() - started
@@ -198,6 +201,18 @@ class _Loading:
             (groups[unit.name] if unit else rest).append(recipe)
         by_size = sorted(self.units, key=lambda unit: -self._final_bytes(groups[unit.name]))
         return [*((unit, groups[unit.name]) for unit in by_size), (None, rest)]
+
+    def need(self) -> Need:
+        """Say what loading will take, before any of it is done."""
+        sizes = [self._final_bytes(recipes) for _, recipes in self._group_recipes()]
+        return Need(
+            shards_bytes=sum(sizes) // dist.get_world_size(),
+            unit_bytes=max(sizes),
+            tensor_bytes=self.report.largest_tensor_bytes,
+            offloaded=self.policy.cpu_offload,
+            world_size=dist.get_world_size(),
+            ranks_per_host=local_world_size(),
+        )
 
     def _final_bytes(self, recipes: list[Recipe]) -> int:
         return sum(self._slot(target)[0].nbytes for recipe in recipes for target in recipe.targets)

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 LAYERS = [
     {"errors", "units", "orders"},
     {"ranks"},
-    {"anatomy", "compat", "kernels", "packing", "translation", "weights"},
+    {"anatomy", "checkpoints", "compat", "fitting", "kernels", "packing", "translation", "watch", "weights"},
     {"adapters", "config", "planner", "recipes", "summary"},
     {"experts", "sharding"},
     {"loader", "export"},
