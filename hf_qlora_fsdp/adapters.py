@@ -2,7 +2,9 @@
 
 PEFT is given the model before a single weight exists, so each decoder layer can be read, fitted with its initialised
 adapter and sharded before the next one is touched. PEFT puts adapters where their base layer is, on the meta device;
-they come to life here, unit by unit, by PEFT's own initialisation.
+they come to life here, unit by unit, by PEFT's own initialisation. With the same seed set before, they are the weights
+that `peft.get_peft_model` draws in one process, as long as all decoder layers are of one size: the loader takes the
+largest units first, and PEFT goes from the first layer to the last.
 
 Two rules: trainable weights are **float32 masters** (FSDP casts them for the computation; an Adam step in bfloat16
 loses half of all updates at a learning rate of 2e-5), and every rank starts from **rank 0's** values.
@@ -72,11 +74,14 @@ def inject_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         model (`PreTrainedModel`): The model, its 4-bit layers in place.
         config (`LoraConfig`): What to train.
     """
-    peft_model = get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws weights here that are on the meta device a moment later
+        peft_model = get_peft_model(model, config)
+    masters: dict[int, nn.Parameter] = {}
     for module in peft_model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter.dtype != torch.float32:
-                module.register_parameter(name, nn.Parameter(parameter.detach().float()))
+                master = masters.setdefault(id(parameter), nn.Parameter(parameter.detach().float()))
+                module.register_parameter(name, master)
     return peft_model
 
 

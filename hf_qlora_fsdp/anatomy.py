@@ -113,9 +113,9 @@ def plan_units(model: PreTrainedModel, class_names: list[str] | None = None) -> 
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Return whether the LM head is the embedding's weight."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", False)
+    """Return whether the LM head shares a weight with the embedding, be it one that PEFT keeps beside a trained copy."""
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    return len(ends) == 2 and bool(set(ends[0].parameters()) & set(ends[1].parameters()))
 
 
 def refuse_fused_experts(model: PreTrainedModel) -> None:

@@ -119,7 +119,8 @@ def load_quantized_model(
     if peft_config is not None:
         check_peft_config(peft_config)
     started, mesh = time.monotonic(), make_mesh()
-    with fail_together(f"opening {model_id_or_path}"):
+    # What is drawn while building would shift the draws of the adapter, which shall be PEFT's own for the same seed.
+    with fail_together(f"opening {model_id_or_path}"), torch.random.fork_rng(devices=[]):
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         kernels = {name: kwargs.pop(name) for name in ("use_kernels", "kernel_config") if name in kwargs}
         model = _build(model_id_or_path, quantization_config, policy, hub, trust_remote_code, kwargs)
@@ -159,6 +160,7 @@ class _Loading:
         self.units = plan_units(self.model, self.policy.class_names)
         # Adapters rename modules, so tensors are addressed by module object from here on.
         self.modules = dict(self.model.named_modules())
+        self.ties = [tuple(map(self._slot, tie)) for tie in self.model.all_tied_weights_keys.items()]
         self.root = self.model
 
     def run(self, peft_config: LoraConfig | None, progress: bool) -> None:
@@ -234,7 +236,8 @@ class _Loading:
                     source = rank() - my_rank + reader
                     dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=source, group=node)
                 _fill(module, leaf, tensor)
-        self.model.tie_weights(recompute_mapping=False)
+        for (_, module, leaf), (_, source, source_leaf) in self.ties:
+            module._parameters[leaf] = source._parameters[source_leaf]
 
     def _read(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """Read one recipe's tensors and bring them into their final form on the device."""
@@ -283,7 +286,7 @@ def _build(
         config, unknown = AutoConfig.from_pretrained(
             model_id_or_path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **hub, **overrides
         )
-    except OSError:
+    except (OSError, ValueError):
         find_weights(model_id_or_path, **hub)  # says what is there instead of a model, e.g. an adapter
         raise
     if unknown:
