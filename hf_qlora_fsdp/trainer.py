@@ -86,9 +86,11 @@ class QLoRAFSDPTrainer(SFTTrainer):
     ) -> None:
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *others, **named).arguments
         del given["self"]
+        _check_model(model, given.get("peft_config"))
         args = given["args"] = _adopt_args(args, model)
-        check_dataset(given.get("train_dataset"), args, given.get("formatting_func"))
-        compat.apply(CPU_FSDP)
+        check_datasets(given.get("train_dataset"), given.get("eval_dataset"), args, given.get("formatting_func"))
+        if args.use_cpu:
+            compat.apply(CPU_FSDP)
         args.reset_accelerator_state()
         self.sharding_policy = _sharding_policy(args)
         quantization = given.pop("quantization_config", None)
@@ -112,24 +114,18 @@ class QLoRAFSDPTrainer(SFTTrainer):
         self, model: Any, args: QLoRAFSDPConfig, quantization: BitsAndBytesConfig | None, peft_config: Any
     ) -> nn.Module:
         """Return the model as a `PeftModel` in FSDP units, whatever was given."""
-        if isinstance(model, PeftModel) and peft_config is not None:
-            raise ValueError(
-                "model is a PeftModel and peft_config was given too, so there would be two adapters. Pass one of them."
-            )
         if not isinstance(model, PeftModel):
             peft_config = peft_config or _announced_default()
-            check_peft_config(peft_config)
         if isinstance(model, str):
             options = _model_options(args, quantization)
             return load_quantized_model(model, peft_config=peft_config, policy=self.sharding_policy, **options)
         if quantization is not None or args.model_init_kwargs:
             log_once(
-                "quantization_config and model_init_kwargs have no effect: the model was loaded by the script. Pass its "
-                "name or folder as model to load it here."
+                "quantization_config and model_init_kwargs have no effect: the model was loaded by the script. Pass "
+                "its name or folder as model to load it here."
             )
         if not is_sharded(model):
             if not isinstance(model, PeftModel):
-                _check_in_4bit(model)
                 model = inject_adapter(model, peft_config)
             return shard_model(model, self.sharding_policy)
         return self._add_adapter(model, peft_config)
@@ -208,27 +204,37 @@ class QLoRAFSDPTrainer(SFTTrainer):
         load_adapter(self.model, self.state.best_model_checkpoint)
 
 
-def check_dataset(dataset: Any, args: QLoRAFSDPConfig, formatting_func: Any = None) -> None:
-    """Refuse a dataset that holds nothing to train on, before the model is loaded.
+def check_datasets(train_dataset: Any, eval_dataset: Any, args: QLoRAFSDPConfig, formatting_func: Any = None) -> None:
+    """Refuse datasets that hold nothing to train on, before the model is loaded.
 
     Raises:
-        ValueError: It is missing, empty, or has none of the columns that SFT reads.
+        ValueError: One is missing, empty, or has none of the columns that SFT reads.
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise ValueError(
-            f"train_dataset is a {type(dataset).__name__}, and only a datasets.Dataset or IterableDataset can be trained "
-            "on. Load it with datasets.load_dataset, or build it with Dataset.from_list."
-        )
-    if formatting_func is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        return
+    named = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        named["eval_dataset"] = eval_dataset
+    for name, dataset in named.items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise ValueError(
+                f"{name} is a {type(dataset).__name__}, and only a datasets.Dataset or IterableDataset can be trained "
+                "on. Load it with datasets.load_dataset, or build it with Dataset.from_list."
+            )
+        if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            _check_columns(name, dataset, args.dataset_text_field)
+
+
+def _check_columns(name: str, dataset: Dataset | IterableDataset, text_field: str) -> None:
     row = next(iter(dataset), None)
     if row is None:
-        raise ValueError("train_dataset has no rows, so there is nothing to train on. Check how it was filtered.")
-    if not {args.dataset_text_field, *_TEXT_COLUMNS} & set(row):
+        raise ValueError(f"{name} has no rows, so there is nothing to train on. Check how it was filtered.")
+    usable = {text_field, *_TEXT_COLUMNS} & set(row)
+    if not usable or (usable == {"prompt"} and "completion" not in row):
         raise ValueError(
-            f"train_dataset has the columns {sorted(row)}, none of which SFT reads. It needs 'messages', 'prompt' and "
-            f"'completion', 'input_ids', or text in the column that dataset_text_field names (now "
-            f"{args.dataset_text_field!r}); or pass formatting_func."
+            f"{name} has the columns {sorted(row)}, of which SFT reads none. It needs 'messages', 'prompt' and "
+            f"'completion', 'input_ids', or text in the column that dataset_text_field names (now {text_field!r}); or "
+            "pass formatting_func."
         )
 
 
@@ -238,10 +244,12 @@ def _adopt_args(args: TrainingArguments | None, model: Any) -> QLoRAFSDPConfig:
         args = QLoRAFSDPConfig(f"{os.path.basename(str(name).rstrip('/'))}-SFT")
     if not isinstance(args, QLoRAFSDPConfig):
         args = QLoRAFSDPConfig.from_training_args(args)
-    if args.chat_template_path and not os.path.isfile(args.chat_template_path):
+    template = args.chat_template_path
+    if template and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
         raise ValueError(
-            f"chat_template_path={args.chat_template_path!r} is not a file. Cloning the template of another model resizes "
-            "the embedding, which is sharded by then. Save the template as a .jinja file and pass its path."
+            f"chat_template_path={template!r} is not a .jinja file, so TRL would clone the template of a model of that "
+            "name and resize the embedding, which is sharded by then. Save the template as a .jinja file and pass its "
+            "path."
         )
     return args
 
@@ -262,6 +270,11 @@ def _load_processing_class(model: Any, args: QLoRAFSDPConfig) -> Any:
     options = args.model_init_kwargs or {}
     hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
     name = model if isinstance(model, str) else base_model(model).config.name_or_path
+    if not name:
+        raise ValueError(
+            f"The {type(base_model(model)).__name__} passed as model does not know its name, so its tokenizer cannot "
+            "be found. Pass processing_class."
+        )
     return AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub)
 
 
@@ -286,8 +299,7 @@ def _model_options(args: QLoRAFSDPConfig, quantization: BitsAndBytesConfig | Non
         raise ValueError("load_in_8bit=True, but only 4-bit weights are sharded and trained here. Leave it out.")
     dtype = options.pop("dtype", options.pop("torch_dtype", None))
     if dtype not in (None, "auto"):
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        check_same_dtype(dtype, args.compute_dtype)
+        check_same_dtype(getattr(torch, dtype) if isinstance(dtype, str) else dtype, args.compute_dtype)
     options.setdefault("trust_remote_code", args.trust_remote_code)
     options["quantization_config"] = quantization or inner or args.quantization_config()
     check_storage_dtype(options["quantization_config"].bnb_4bit_quant_storage, args.compute_dtype)
@@ -297,28 +309,54 @@ def _model_options(args: QLoRAFSDPConfig, quantization: BitsAndBytesConfig | Non
 def check_same_dtype(dtype: torch.dtype, param_dtype: torch.dtype) -> None:
     """Refuse a dtype for the frozen weights that is not the parameter dtype.
 
+    Float32 is what `trl.ModelConfig` fills in where nobody asked for anything; it costs a line, not the run.
+
     Raises:
         ValueError: Both differ.
     """
-    if dtype != param_dtype:
+    if dtype == torch.float32 != param_dtype:
+        log_once(
+            "model_init_kwargs has dtype=float32, which has no effect: frozen weights are kept in %s, the dtype of the "
+            "computation.",
+            format_dtype(param_dtype),
+        )
+    elif dtype != param_dtype:
         raise ValueError(
-            f"model_init_kwargs has dtype={format_dtype(dtype)} while training computes in {format_dtype(param_dtype)}: "
-            "FSDP would cast every weight at every step. Leave dtype out, or set param_dtype to it."
+            f"model_init_kwargs has dtype={format_dtype(dtype)} while training computes in "
+            f"{format_dtype(param_dtype)}: FSDP would cast every weight at every step. Leave dtype out, or set "
+            "param_dtype to it."
         )
 
 
-def _check_in_4bit(model: Any) -> None:
-    if not getattr(model, "is_loaded_in_4bit", False):
+def _check_model(model: Any, peft_config: Any) -> None:
+    if isinstance(model, PeftModel) and peft_config is not None:
         raise ValueError(
-            f"The {type(model).__name__} passed as model is not quantised to 4 bits, and full fine-tuning or LoRA on 16-bit "
-            "weights is not what this trainer does. Pass its name or folder as model, or load it with "
+            "model is a PeftModel and peft_config was given too, so there would be two adapters. Pass one of them."
+        )
+    if peft_config is not None:
+        check_peft_config(peft_config)
+    if isinstance(model, str):
+        return
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which is neither a name nor a model. Pass the Hub id or the folder as "
+            "a string."
+        )
+    base = base_model(model)
+    if not getattr(base, "is_loaded_in_4bit", False):
+        kind = "in 8 bits" if getattr(base, "is_loaded_in_8bit", False) else "not quantised"
+        raise ValueError(
+            f"The {type(base).__name__} passed as model is {kind}, and only LoRA on 4-bit weights is trained here. "
+            "Pass its name or folder as model, which is quantised while it is read, or load it with "
             "quantization_config=BitsAndBytesConfig(load_in_4bit=True)."
         )
 
 
 def _announced_default() -> Any:
     config = default_peft_config()
-    log_once("No peft_config given: training LoRA with r=%d, alpha=%d on all linear layers.", config.r, config.lora_alpha)
+    log_once(
+        "No peft_config given: training LoRA with r=%d, alpha=%d on all linear layers.", config.r, config.lora_alpha
+    )
     return config
 
 

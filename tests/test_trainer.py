@@ -1,20 +1,21 @@
 """`QLoRAFSDPTrainer` against plain `SFTTrainer`, and every way into it.
 
-**The reference** is `training.stock`: SFTTrainer, bitsandbytes and PEFT in one process, with the model whole and no code
-of this package. accelerate deals batches to ranks in turn (`BatchSamplerShard`), so two ranks with a batch of one see
-in each step the two rows that one process with a batch of two sees.
+**The reference** is `training.stock`: SFTTrainer, bitsandbytes and PEFT in one process, with the model whole and no
+code of this package. accelerate deals batches to ranks in turn (`BatchSamplerShard`), so two ranks with a batch of one
+see in each step the two rows that one process with a batch of two sees.
 
 **The bounds.** In float32, a sum of K terms carries a rounding error of about sqrt(K) times the unit roundoff; the
-longest sums here are the 256 products of `down_proj`, and each of the n steps starts from the weights that the rounding of the
-steps before has moved. Relative bound: n sqrt(256) 2^-24, 2e-5 for 20 steps; a gradient that is not reduced, or reduced in
-bfloat16, shows at 1e-3. In bfloat16 two runs are two roundings of one float32 trajectory, which is known: the sharded
-run may stray from it twice as far as the stock run does.
+longest sums here are the 256 products of `down_proj`, and each of the n steps starts from the weights that the rounding
+of the steps before has moved. Relative bound: n sqrt(256) 2^-24, 2e-5 for 20 steps; a gradient that is not reduced, or
+reduced in bfloat16, shows at 1e-3. In bfloat16 two runs are two roundings of one float32 trajectory, which is known:
+the sharded run may stray from it twice as far as the stock run does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def train_stock(
         changes = {key: value for key, value in spec.items() if key not in ("rows", "peft", "param_dtype")}
         changes["per_device_train_batch_size"] = 2 * changes.get("per_device_train_batch_size", 1)
         dtype = torch.float32 if spec.get("param_dtype") == "float32" else torch.bfloat16
-        trainer = training.stock(folder, make_rows(spec.get("rows", "equal")), changes, dtype)
+        trainer = training.stock(folder, make_rows(spec.get("rows", "equal")), changes, dtype, spec.get("peft"))
         training.fill_adapter(trainer.model, firsts[name])
         runs[name] = training.run(trainer)
     return runs
@@ -147,9 +148,11 @@ def test_memory_savers_change_no_bit(trajectories: dict[str, training.Run], run:
 
 
 def test_losses_are_not_rounded_to_bfloat16(trajectories: dict[str, training.Run]) -> None:
-    losses = torch.tensor(trajectories["bfloat16"].losses)
-    # A float32 of 24 bits is a bfloat16 of 8 by chance once in 65536.
-    assert (losses.bfloat16().float() != losses).all()
+    """TRL divides the sum over all tokens by their number. Upstream's sum is a bfloat16: test_seams.py shows it."""
+    losses = torch.tensor(trajectories["bfloat16"].losses, dtype=torch.float64)
+    sums = losses * training.TOKENS_A_STEP
+    assert ((sums - sums.round()).abs() > 1e-3).sum() > NUM_STEPS / 2
+    assert (losses.bfloat16() != losses).all()
 
 
 def test_masters_and_adam_states_are_float32(trajectories: dict[str, training.Run]) -> None:
@@ -170,6 +173,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "assistant-only": {"rows": "conversational", "assistant_only_loss": True},
     "weight decay and schedule": {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2},
     "dft": {"rows": "text", "loss_type": "dft"},
+    "trained head": {"peft": {"modules_to_save": ["lm_head"]}},
 }
 FEATURE_STEPS = 4
 
@@ -192,6 +196,8 @@ def test_feature_equals_plain_trl(features: dict[str, tuple[training.Run, traini
 
 def test_features_are_on(features: dict[str, tuple[training.Run, training.Run]]) -> None:
     """Each changes the numbers; otherwise the test above compares plain runs."""
+    assert max(features["clipping"][0].grad_norms) > 0.05, "the norm before clipping is logged"
+    assert features["trained head"][0].adapter["base_model.model.lm_head.modules_to_save.weight"].shape == (512, 128)
     plain = features["unequal rows"][0].losses
     for name in ("accumulation", "packing", "padding-free", "completion-only", "assistant-only", "dft"):
         assert features[name][0].losses[0] != pytest.approx(plain[0], rel=1e-3), name
@@ -208,7 +214,7 @@ def come_in(rank: int, folder: str, out: str, ways: list[str]) -> dict[str, dict
     """Train two steps from the same weights, given in different ways."""
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments
-    from trl import SFTConfig
+    from trl import ModelConfig, SFTConfig, get_quantization_config
 
     from hf_qlora_fsdp import QLoRAFSDPConfig, QLoRAFSDPTrainer, load_quantized_model
 
@@ -232,14 +238,31 @@ def come_in(rank: int, folder: str, out: str, ways: list[str]) -> dict[str, dict
         if way == "fp4 argument":
             named["quantization_config"] = fp4
         if way == "fp4 init kwargs":
-            changes["model_init_kwargs"] = {"quantization_config": fp4, "attn_implementation": "eager", "dtype": "bfloat16"}
+            changes["model_init_kwargs"] = {
+                "quantization_config": fp4,
+                "attn_implementation": "eager",
+                "dtype": "bfloat16",
+            }
+        if way == "TRL script":  # what trl/scripts/sft.py passes when it is asked for --load_in_4bit
+            model_args = ModelConfig(model_name_or_path=folder, load_in_4bit=True, use_bnb_nested_quant=True)
+            named["quantization_config"] = get_quantization_config(model_args)
+            changes["model_init_kwargs"] = {
+                "revision": model_args.model_revision,
+                "trust_remote_code": False,
+                "attn_implementation": model_args.attn_implementation,
+                "dtype": model_args.dtype,
+            }
         if way == "fp4 config":
             changes |= {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+        if way == "TrainingArguments":
+            changes["bf16"] = True  # without it they say float32, and are taken at their word
         args = cls(**changes)
         with training.listening() as said:
             trainer = QLoRAFSDPTrainer(model(way), args, train_dataset=training.equal_rows(8), **named)
             run = training.run(trainer)
-        layouts = {(m.layout.quant_type, m.layout.double_quant) for m in trainer.model.modules() if hasattr(m, "layout")}
+        layouts = {
+            (m.layout.quant_type, m.layout.double_quant) for m in trainer.model.modules() if hasattr(m, "layout")
+        }
         results[way] = {
             "losses": run.losses,
             "said": said,
@@ -255,7 +278,15 @@ def come_in(rank: int, folder: str, out: str, ways: list[str]) -> dict[str, dict
 
 
 WAYS = ["folder", "uint8 model", "bf16 model", "uint8 PeftModel", "sharded model", "sharded PeftModel"]
-OTHER_WAYS = ["SFTConfig", "TrainingArguments", "default adapter", "fp4 argument", "fp4 init kwargs", "fp4 config"]
+OTHER_WAYS = [
+    "TRL script",
+    "SFTConfig",
+    "TrainingArguments",
+    "default adapter",
+    "fp4 argument",
+    "fp4 init kwargs",
+    "fp4 config",
+]
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +294,7 @@ def ways(ranks: RankPool, folder: str, out: str) -> dict[str, dict[str, Any]]:
     return ranks.run(come_in, folder, out, WAYS + OTHER_WAYS)[0]
 
 
-@pytest.mark.parametrize("way", [*WAYS, "SFTConfig", "TrainingArguments", "default adapter"])
+@pytest.mark.parametrize("way", [*WAYS, "TRL script", "SFTConfig", "TrainingArguments", "default adapter"])
 def test_every_way_in_starts_from_the_same_bits(ways: dict[str, dict[str, Any]], way: str) -> None:
     """LoRA starts at zero, so the first loss is the base model's, and any way to the same 4 bits gives the same one."""
     assert ways[way]["losses"][0] == ways["folder"]["losses"][0]
@@ -307,6 +338,10 @@ def test_quantization_config_is_heard(ways: dict[str, dict[str, Any]], way: str)
     assert ways[way]["losses"][0] != ways["folder"]["losses"][0]
 
 
+def test_the_dtype_that_trl_fills_in_costs_a_line(ways: dict[str, dict[str, Any]]) -> None:
+    assert [line for line in ways["TRL script"]["said"] if "dtype=float32, which has no effect" in line]
+
+
 def test_attn_implementation_is_heard(ways: dict[str, dict[str, Any]]) -> None:
     assert ways["fp4 init kwargs"]["attention"] == "eager"
     assert ways["folder"]["attention"] == "sdpa"
@@ -331,18 +366,22 @@ def be_refused(rank: int, folder: str, eight_bit: str, out: str) -> dict[str, tu
 
     eight = make_model()
     eight.is_loaded_in_8bit = True
+    nameless = make_model()
+    nameless.is_loaded_in_4bit = True
     adapted = get_peft_model(make_model(), LoraConfig(**training.LORA))
     mixed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.float16)
     cases: dict[str, dict[str, Any]] = {
         "unquantised": {"model": make_model()},
         "8-bit": {"model": eight},
         "unquantised PeftModel": {"model": adapted},
+        "not a model": {"model": Path(folder)},
+        "nameless": {"model": nameless},
         "two adapters": {"model": adapted, "named": {"peft_config": LoraConfig(**training.LORA)}},
         "two configs": {"named": {"quantization_config": nf4}, "model_init_kwargs": {"quantization_config": nf4}},
         "8-bit config": {"named": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}},
         "load_in_8bit": {"model_init_kwargs": {"load_in_8bit": True}},
         "device_map": {"model_init_kwargs": {"device_map": "auto"}},
-        "dtype": {"model_init_kwargs": {"dtype": "float32"}},
+        "dtype": {"model_init_kwargs": {"dtype": "float16"}},
         "storage": {"named": {"quantization_config": mixed}},
         "unknown init kwarg": {"model_init_kwargs": {"atn_implementation": "eager"}},
         "not LoRA": {"named": {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}},
@@ -351,6 +390,7 @@ def be_refused(rank: int, folder: str, eight_bit: str, out: str) -> dict[str, tu
         "no dataset": {"dataset": None},
         "not a dataset": {"dataset": [{"text": "a"}]},
         "empty": {"dataset": rows.select([])},
+        "eval columns": {"named": {"eval_dataset": {"a": rows, "b": Dataset.from_list([{"x": "a"}])}}},
         "columns": {"dataset": Dataset.from_list([{"question": "a", "answer": "b"}])},
         "prompt alone": {"dataset": Dataset.from_list([{"prompt": "a"}])},
         "decoder class": {"transformer_layer_cls_to_wrap": ["GPT2Block"]},
@@ -367,14 +407,16 @@ def refusals(ranks: RankPool, folder: str, out: str) -> dict[str, tuple[str, str
     ("case", "words"),
     [
         ("unquantised", ["LlamaForCausalLM", "not quantised", "folder as model"]),
-        ("8-bit", ["8 bits", "folder as model"]),
+        ("8-bit", ["in 8 bits", "folder as model"]),
         ("unquantised PeftModel", ["not quantised", "folder as model"]),
+        ("not a model", ["PosixPath", "as a string"]),
+        ("nameless", ["LlamaForCausalLM", "processing_class"]),
         ("two adapters", ["peft_config", "Pass one"]),
         ("two configs", ["quantization_config", "model_init_kwargs", "Keep one"]),
         ("8-bit config", ["load_in_8bit", "4-bit"]),
         ("load_in_8bit", ["load_in_8bit", "4-bit"]),
         ("device_map", ["device_map='auto'", "Leave it out"]),
-        ("dtype", ["float32", "bfloat16", "Leave dtype out"]),
+        ("dtype", ["float16", "bfloat16", "Leave dtype out"]),
         ("storage", ["float16", "bfloat16", "garbage"]),
         ("unknown init kwarg", ["atn_implementation", "Leave it out"]),
         ("not LoRA", ["PromptTuningConfig", "LoraConfig"]),
@@ -384,6 +426,7 @@ def refusals(ranks: RankPool, folder: str, out: str) -> dict[str, tuple[str, str
         ("not a dataset", ["list", "Dataset.from_list"]),
         ("empty", ["no rows", "filtered"]),
         ("columns", ["'answer', 'question'", "messages", "formatting_func"]),
+        ("eval columns", ["eval_dataset['b']", "['x']"]),
         ("prompt alone", ["'prompt'", "completion"]),
         ("decoder class", ["GPT2Block", "LlamaDecoderLayer"]),
     ],
@@ -436,7 +479,7 @@ def test_model_init_kwargs_reach_the_loader(folder: str, out: str) -> None:
 
 
 def evaluate_around(rank: int, folder: str, out: str) -> dict[str, Any]:
-    """Evaluate before, during and after training, on two sets, with metrics, a callback, and the best model at the end."""
+    """Evaluate before, during and after training, on two sets, with metrics and a callback; load the best model."""
     import warnings
 
     import numpy as np
@@ -508,6 +551,9 @@ def evaluate_stock(rank: int, folder: str, out: str, adapter: dict[str, torch.Te
     changes = {"folder": out, "per_device_eval_batch_size": 1}
     sets = {"even": training.equal_rows(4), "odd": training.equal_rows(5)}
     trainer = training.stock(folder, training.equal_rows(8), changes, torch.float32, eval_dataset=sets)
+    for module in trainer.model.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes evaluates in bfloat16 whatever the dtype (nn/modules.py, Linear4bit).
+        module.support_avx512bf16_for_cpu = False
     prompt = torch.tensor([[7, 8, 9, 10]])
     generated = trainer.model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False).tolist()
     return trainer.evaluate() | {"generated": generated}
@@ -541,7 +587,7 @@ def test_evaluation_during_and_after_training(evaluations: list[dict[str, Any]])
         during = [event for event in result["events"] if event == ("step", 1) or event[1] == 2]
         assert during == [("step", 1), ("step", 2), ("evaluate", 2), ("evaluate", 2)]
         # The best is the checkpoint of step 2 here, so that is what an evaluation afterwards sees again.
-        at_step_2 = [e for e in result["during"] if e["step"] == 2 and "eval_odd_loss" in e][0]
+        at_step_2 = next(e for e in result["during"] if e["step"] == 2)
         assert result["after"]["eval_odd_loss"] == at_step_2["eval_odd_loss"]
         assert result["after"]["eval_odd_loss"] < result["before"]["eval_odd_loss"]
 
@@ -611,7 +657,7 @@ def test_the_table_at_the_start(ranks: RankPool, folder: str, out: str) -> None:
     assert "bfloat16" in rows["dtypes"]
     assert rows["offload"].startswith("frozen weights in pinned host memory")
     assert rows["patches"] == "accelerate-cpu-fsdp"
-    # Half of: codes, a byte a scale (64 weights), a float32 a 256 scales and one offset, each part in steps of 16 bytes.
+    # Half of: codes, a byte a scale (64 weights), a float32 a 256 scales, one offset; each part in steps of 16 bytes.
     packed = 2 * sum(
         align(k * n // 2) + align(k * n // 64) + align(4 * -(-k * n // 64 // 256)) + 16 for k, n in linears
     )

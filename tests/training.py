@@ -4,8 +4,8 @@
 by PEFT's names. `stock` is the reference that owes nothing to this package: plain `SFTTrainer`, bitsandbytes and PEFT
 in one process, the model whole.
 
-TRL casts trainable weights of quantised models to bfloat16. The reference puts the float32 masters back, because what is
-compared is the sharding, and test_seams.py holds the cast itself.
+TRL casts trainable weights of quantised models to bfloat16. The reference puts the float32 masters back, because what
+is compared is the sharding, and test_seams.py holds the cast itself.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def arguments(folder: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def ours(model: Any, dataset: Dataset, changes: dict[str, Any], peft: dict[str, Any] | None = None, **named: Any) -> Any:
+def ours(
+    model: Any, dataset: Dataset, changes: dict[str, Any], peft: dict[str, Any] | None = None, **named: Any
+) -> Any:
     """Make a `QLoRAFSDPTrainer` with the usual arguments and the changes given."""
     from peft import LoraConfig
 
@@ -75,7 +77,15 @@ def ours(model: Any, dataset: Dataset, changes: dict[str, Any], peft: dict[str, 
     return QLoRAFSDPTrainer(model, args=args, train_dataset=dataset, peft_config=peft_config, **named)
 
 
-def stock(folder: str, dataset: Dataset, changes: dict[str, Any], dtype: torch.dtype, **named: Any) -> Any:
+def stock(
+    folder: str,
+    dataset: Dataset,
+    changes: dict[str, Any],
+    dtype: torch.dtype,
+    peft: dict[str, Any] | None = None,
+    device: str = "cpu",
+    **named: Any,
+) -> Any:
     """Make a plain `SFTTrainer` with float32 masters on a plain 4-bit model."""
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -83,7 +93,7 @@ def stock(folder: str, dataset: Dataset, changes: dict[str, Any], dtype: torch.d
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)  # or accelerate would wrap the model in DDP; the pool puts them back
-    model = plain_model(folder, dtype)
+    model = plain_model(folder, dtype, device)
     args = SFTConfig(**arguments(**{"bf16": dtype == torch.bfloat16} | changes))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     trainer = SFTTrainer(
@@ -91,7 +101,7 @@ def stock(folder: str, dataset: Dataset, changes: dict[str, Any], dtype: torch.d
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=LoraConfig(**LORA),
+        peft_config=LoraConfig(**(LORA | (peft or {}))),
         **named,
     )
     for parameter in trainer.model.parameters():
@@ -100,7 +110,7 @@ def stock(folder: str, dataset: Dataset, changes: dict[str, Any], dtype: torch.d
     return trainer
 
 
-def plain_model(folder: str, dtype: torch.dtype, **quantization: Any) -> Any:
+def plain_model(folder: str, dtype: torch.dtype, device: str = "cpu", **quantization: Any) -> Any:
     """Load a model in 4 bits as anybody does."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -113,7 +123,8 @@ def plain_model(folder: str, dtype: torch.dtype, **quantization: Any) -> Any:
         }
         | quantization
     )
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"})
+    options = {"quantization_config": config, "dtype": dtype, "device_map": {"": device}}
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:
@@ -144,6 +155,10 @@ def run(trainer: Any, **named: Any) -> Run:
         adapter_of(trainer.model),
         trainer.state.log_history,
     )
+
+
+# Two rows of `equal_rows`, less the first token of each, which nothing predicts.
+TOKENS_A_STEP = 46
 
 
 def equal_rows(num_rows: int) -> Dataset:

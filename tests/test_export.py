@@ -1,0 +1,373 @@
+"""What is saved is what is in memory, plain PEFT reads it, and a resumed run is the run that was not interrupted.
+
+Every file is read back by code that is not this package's: safetensors, and `PeftModel.from_pretrained` on a plain
+4-bit model in one process. Logits are compared in float32: 14 linear layers, each with sums of at most 256 terms, give
+a bound of 14 sqrt(256) 2^-24 of the largest logit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import training
+from tests.distributed import RankPool
+from tests.tiny import make_checkpoint
+
+LOGIT_BOUND = 14 * 256**0.5 * 2**-24
+TOKENS = [[7, 8, 9, 10, 60, 61, 62, 63]]
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("out"))
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    model.eval()
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False  # bitsandbytes' evaluation in bfloat16, whatever the dtype
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(TOKENS)).logits.float()
+
+
+# ---- Saving ----------------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "fsdp activation checkpointing": {"fsdp_config": {"activation_checkpointing": True}},
+    "trained head": {"peft": {"modules_to_save": ["lm_head"]}},
+    "bfloat16": {"param_dtype": "bfloat16"},
+    "offload": {"cpu_offload": True},
+}
+
+
+def save_variants(rank: int, folder: str, out: str) -> dict[str, dict[str, Any]]:
+    results = {}
+    for name, changes in VARIANTS.items():
+        changes = {"param_dtype": "float32", "save_strategy": "steps", "save_steps": 2, "max_steps": 3} | changes
+        peft = changes.pop("peft", None)
+        here = f"{out}/{name}"
+        with training.listening() as said:
+            trainer = training.ours(folder, training.equal_rows(8), {"folder": here, **changes}, peft)
+            run = training.run(trainer)
+        trainer.save_model(f"{here}/saved")
+        results[name] = {"adapter": run.adapter, "logits": logits_of(trainer.model), "said": said}
+    return results
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, folder: str, out: str) -> list[dict[str, dict[str, Any]]]:
+    return ranks.run(save_variants, folder, out)
+
+
+def load_plainly(rank: int, folder: str, out: str) -> dict[str, torch.Tensor]:
+    """Load each adapter as its user will: one process, no code of this package."""
+    from peft import PeftModel
+
+    results = {}
+    for name in VARIANTS:
+        base = training.plain_model(folder, torch.float32)
+        results[name] = logits_of(PeftModel.from_pretrained(base, f"{out}/{name}/saved"))
+    results["base"] = logits_of(training.plain_model(folder, torch.float32))
+    return results
+
+
+@pytest.fixture(scope="module")
+def plain_logits(saved: list[dict[str, dict[str, Any]]], folder: str, out: str) -> dict[str, torch.Tensor]:
+    return training.alone().run(load_plainly, folder, out)[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_saved_tensor_is_the_one_in_memory(
+    saved: list[dict[str, dict[str, Any]]], out: str, variant: str
+) -> None:
+    written = load_file(f"{out}/{variant}/saved/{ADAPTER}")
+    in_memory = {name.replace("modules_to_save.", ""): t for name, t in saved[0][variant]["adapter"].items()}
+    assert len(written) == 2 * 7 * 2 + (variant == "trained head")
+    assert written.keys() == in_memory.keys()
+    for name, tensor in written.items():
+        assert torch.equal(tensor, in_memory[name]), name
+        assert tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "bfloat16"])
+def test_plain_peft_computes_the_trained_models_logits(
+    saved: list[dict[str, dict[str, Any]]], plain_logits: dict[str, torch.Tensor], variant: str
+) -> None:
+    atol = LOGIT_BOUND * plain_logits[variant].abs().max().item()
+    for result in saved:
+        assert torch.allclose(result[variant]["logits"], plain_logits[variant], rtol=0, atol=atol)
+    assert (plain_logits[variant] - plain_logits["base"]).abs().max() > 1000 * atol, "the adapter must matter"
+
+
+def test_checkpoints_hold_the_adapter_and_not_the_base(saved: list[dict[str, dict[str, Any]]], out: str) -> None:
+    checkpoint = Path(out, "plain", "checkpoint-2")
+    assert load_file(checkpoint / ADAPTER).keys() == load_file(Path(out, "plain", "saved", ADAPTER)).keys()
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"optimizer.safetensors", "optimizer.json", "scheduler.pt", "trainer_state.json", "rng_state_1.pth"} <= names
+    trained_bytes = sum(tensor.nbytes for tensor in load_file(checkpoint / ADAPTER).values())
+    largest = max(path.stat().st_size for path in checkpoint.iterdir())
+    assert largest < 2 * trained_bytes + 20_000, "two Adam states and a header; the base would be twice that"
+    assert json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert (Path(out, "plain", "saved") / "tokenizer.json").is_file()
+
+
+def test_fsdp_activation_checkpointing_becomes_the_other_one(saved: list[dict[str, dict[str, Any]]]) -> None:
+    assert [line for line in saved[0]["fsdp activation checkpointing"]["said"] if "gradient_checkpointing=True" in line]
+
+
+# ---- Never an empty adapter ------------------------------------------------------------------------------------------
+
+
+def freeze_and_save(rank: int, folder: str, out: str) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from hf_qlora_fsdp import QLoRAFSDPConfig, QLoRAFSDPTrainer
+
+    trainer = training.ours(folder, training.equal_rows(8), {"folder": out})
+    trainer.model.requires_grad_(False)
+    frozen_later = training.refusal(trainer.save_model, f"{out}/frozen")
+
+    def start(model: Any) -> None:
+        args = QLoRAFSDPConfig(**training.arguments(out))
+        QLoRAFSDPTrainer(model, args, train_dataset=training.equal_rows(8)).train()
+
+    def adapted() -> Any:
+        return get_peft_model(training.plain_model(folder, torch.bfloat16), LoraConfig(**training.LORA))
+
+    frozen = adapted()
+    frozen.requires_grad_(False)
+    wrapped = adapted()
+    apply_activation_checkpointing(wrapped, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    return {
+        "frozen later": frozen_later,
+        "frozen": training.refusal(start, frozen),
+        "wrapped": training.refusal(start, wrapped),
+        "files": os.path.exists(f"{out}/frozen/{ADAPTER}"),
+    }
+
+
+@pytest.fixture(scope="module")
+def empty(ranks: RankPool, folder: str, out: str) -> list[dict[str, Any]]:
+    return ranks.run(freeze_and_save, folder, out)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("frozen later", ["No parameter", "is_trainable=True"]),
+        ("frozen", ["No parameter", "is_trainable=True"]),
+        ("wrapped", ["28 tensors are trained", "_checkpoint_wrapped_module", "gradient_checkpointing=True"]),
+    ],
+)
+def test_an_adapter_without_tensors_is_refused(empty: list[dict[str, Any]], case: str, words: list[str]) -> None:
+    """Plain PEFT writes 40 bytes for a model whose layers were wrapped; here the trainer says so when it is made."""
+    for result in empty:
+        kind, message = result[case]
+        assert kind == "EmptyAdapterError", message
+        assert not result["files"]
+        for word in words:
+            assert word in message
+
+
+# ---- Reading back ----------------------------------------------------------------------------------------------------
+
+
+def write_plainly(rank: int, folder: str, path: str) -> torch.Tensor:
+    """Write an adapter with plain PEFT, B drawn at random, and return its logits."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(training.plain_model(folder, torch.float32), LoraConfig(**training.LORA))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    return logits_of(model)
+
+
+def read_back(rank: int, folder: str, path: str, out: str) -> dict[str, Any]:
+    from hf_qlora_fsdp.export import load_adapter
+
+    changes = {"folder": out, "param_dtype": "float32"}
+    trainer = training.ours(folder, training.equal_rows(8), changes)
+    load_adapter(trainer.model, path)
+    logits = logits_of(trainer.model)
+    smaller = training.ours(folder, training.equal_rows(8), changes, {"r": 4})
+    fewer = training.ours(folder, training.equal_rows(8), changes, {"target_modules": ["q_proj", "v_proj"]})
+    return {
+        "logits": logits,
+        "r": training.refusal(load_adapter, smaller.model, path),
+        "targets": training.refusal(load_adapter, fewer.model, path),
+        "resume r": training.refusal(smaller.train, resume_from_checkpoint=f"{out}/plain/checkpoint-2"),
+        "nothing there": training.refusal(load_adapter, trainer.model, out),
+    }
+
+
+@pytest.fixture(scope="module")
+def read(
+    ranks: RankPool, saved: list[dict[str, dict[str, Any]]], folder: str, out: str
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    path = f"{out}/plain-peft"
+    written = training.alone().run(write_plainly, folder, path)[0]
+    return written, ranks.run(read_back, folder, path, out)
+
+
+def test_an_adapter_of_plain_peft_loads_here(read: tuple[torch.Tensor, list[dict[str, Any]]]) -> None:
+    written, results = read
+    for result in results:
+        assert torch.allclose(result["logits"], written, rtol=0, atol=LOGIT_BOUND * written.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("r", ["[8, 128]", "[4, 128]", "peft_config"]),
+        ("resume r", ["[8, 128]", "[4, 128]", "peft_config"]),
+        ("targets", ["0 and 20 tensors", "down_proj", "peft_config"]),
+        ("nothing there", ["no adapter_model.safetensors", "checkpoint"]),
+    ],
+)
+def test_another_adapter_is_refused(
+    read: tuple[torch.Tensor, list[dict[str, Any]]], case: str, words: list[str]
+) -> None:
+    for result in read[1]:
+        kind, message = result[case]
+        assert kind == "ValueError", message
+        for word in words:
+            assert word in message
+
+
+# ---- Resuming --------------------------------------------------------------------------------------------------------
+
+
+def interrupt(rank: int, folder: str, out: str) -> dict[str, Any]:
+    """Train six steps with dropout, two micro-steps each and two steps an epoch; then again from step 3."""
+
+    def make(**changes: Any) -> Any:
+        changes = {
+            "gradient_accumulation_steps": 2,
+            "max_steps": 6,
+            "save_strategy": "steps",
+            "save_steps": 3,
+        } | changes
+        return training.ours(folder, training.equal_rows(8), {"folder": out, **changes}, {"lora_dropout": 0.1})
+
+    whole = make()
+    uninterrupted = training.run(whole)
+    states = optimizer_states(whole)
+    if rank == 0:
+        shutil.rmtree(f"{out}/checkpoint-6")
+    torch.distributed.barrier()
+    again = make(save_strategy="no")
+    resumed = training.run(again, resume_from_checkpoint=True)  # finds the only checkpoint
+    named = training.run(make(save_strategy="no"), resume_from_checkpoint=f"{out}/checkpoint-3")
+    fresh = training.run(make(save_strategy="no"))
+    return {
+        "uninterrupted": uninterrupted,
+        "resumed": resumed,
+        "named": named,
+        "fresh": fresh,
+        "states": (states, optimizer_states(again)),
+        "rates": (whole.lr_scheduler.state_dict(), again.lr_scheduler.state_dict()),
+    }
+
+
+def optimizer_states(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return the optimizer's states whole, in the order of the parameters."""
+    states = {}
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    for group in trainer.optimizer.optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in trainer.optimizer.optimizer.state[parameter].items():
+                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+                states[f"{names[id(parameter)]} {key}"] = whole.clone()
+    return states
+
+
+@pytest.fixture(scope="module")
+def resumption(ranks: RankPool, folder: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return ranks.run(interrupt, folder, str(tmp_path_factory.mktemp("resumption")))
+
+
+@pytest.mark.parametrize("way", ["resumed", "named"])
+def test_a_resumed_run_is_the_uninterrupted_one(resumption: list[dict[str, Any]], way: str) -> None:
+    """To the bit, dropout masks included: losses, gradient norms and what is left in memory."""
+    for result in resumption:
+        whole, resumed = result["uninterrupted"], result[way]
+        assert len(whole.losses) == 6
+        assert resumed.losses == whole.losses  # the log of the checkpoint holds the first three
+        assert resumed.grad_norms == whole.grad_norms
+        for name, tensor in whole.adapter.items():
+            assert torch.equal(resumed.adapter[name], tensor), name
+
+
+def test_optimizer_states_survive(resumption: list[dict[str, Any]]) -> None:
+    whole, resumed = resumption[0]["states"]
+    assert len(whole) == 28 * 3  # step, exp_avg, exp_avg_sq
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    assert resumption[0]["rates"][0] == resumption[0]["rates"][1]
+
+
+def test_training_is_deterministic(resumption: list[dict[str, Any]]) -> None:
+    """Else the tests above would hold by luck or fail by it."""
+    assert resumption[0]["fresh"].losses == resumption[0]["uninterrupted"].losses
+
+
+def save_on_two(rank: int, folder: str, out: str) -> training.Run:
+    changes = {"folder": out, "param_dtype": "float32", "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    return training.run(training.ours(folder, training.equal_rows(8), changes))
+
+
+def go_on_alone(rank: int, folder: str, out: str, checkpoint: str) -> training.Run:
+    changes = {"folder": out, "param_dtype": "float32", "max_steps": 6, "per_device_train_batch_size": 2}
+    trainer = training.ours(folder, training.equal_rows(8), changes)
+    return training.run(trainer, resume_from_checkpoint=checkpoint)
+
+
+def test_two_processes_begin_and_one_goes_on(ranks: RankPool, folder: str, tmp_path: Path) -> None:
+    whole = ranks.run(save_on_two, folder, str(tmp_path))[0]
+    checkpoint = tmp_path / "checkpoint-3"
+    rest = training.alone().run(go_on_alone, folder, str(tmp_path / "alone"), str(checkpoint))[0]
+    rel = 6 * 256**0.5 * 2**-24  # see test_trainer.py
+    assert rest.losses == pytest.approx(whole.losses, rel=rel)
+    assert rest.grad_norms == pytest.approx(whole.grad_norms, rel=rel)
+    # What it reads is the checkpoint: zeros in it give another run.
+    save_file({n: torch.zeros_like(t) for n, t in load_file(checkpoint / ADAPTER).items()}, checkpoint / ADAPTER)
+    other = training.alone().run(go_on_alone, folder, str(tmp_path / "alone"), str(checkpoint))[0]
+    assert other.losses[3] != pytest.approx(whole.losses[3], rel=1e-3)
+
+
+def save_only_the_model(rank: int, folder: str, out: str) -> dict[str, Any]:
+    changes = {"folder": out, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    whole = training.run(training.ours(folder, training.equal_rows(8), changes))
+    with training.listening() as said:
+        trainer = training.ours(folder, training.equal_rows(8), changes)
+        rest = training.run(trainer, resume_from_checkpoint=f"{out}/checkpoint-1")
+    return {"losses": (whole.losses, rest.losses), "said": said, "files": sorted(os.listdir(f"{out}/checkpoint-1"))}
+
+
+def test_save_only_model(ranks: RankPool, folder: str, tmp_path: Path) -> None:
+    result = ranks.run(save_only_the_model, folder, str(tmp_path))[0]
+    assert ADAPTER in result["files"]
+    assert not [name for name in result["files"] if name.startswith(("optimizer", "scheduler", "rng"))]
+    assert [line for line in result["said"] if "no optimizer states" in line]
+    assert result["losses"][0] == result["losses"][1]
