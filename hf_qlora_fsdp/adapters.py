@@ -45,10 +45,6 @@ def check_peft_config(config: PeftConfig) -> None:
             config.init_lora_weights not in _INITIALISATIONS_WITHOUT_BASE,
             "it is computed from whole 16-bit base weights, which no rank holds. Use True, False or 'gaussian'",
         ),
-        "use_dora=True": (
-            config.use_dora,
-            "its magnitudes are computed from whole base weights, which no rank holds. Use use_dora=False",
-        ),
         "target_parameters": (
             bool(config.target_parameters),
             "they adapt fused experts, which cannot be loaded in 4 bits yet. Use target_modules",
@@ -119,6 +115,12 @@ def _initialize_lora(layer: LoraLayer, config: LoraConfig, device: torch.device)
         layer.reset_lora_parameters(adapter_name, config.init_lora_weights)
     for part in [*parts, *tables]:
         part.to(device)
+    for adapter_name, dora in layer.lora_magnitude_vector.items():
+        # DoRA's magnitudes are the norms of the base weight's rows, which are whole here and nowhere else.
+        lora_a, lora_b = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+        scaling = layer.scaling[adapter_name]
+        dora.update_layer(base_layer=layer.get_base_layer(), lora_A=lora_a, lora_B=lora_b, scaling=scaling)
+        dora.weight = nn.Parameter(dora.weight.detach().float())
 
 
 def _initialize_copies(wrapper: ModulesToSaveWrapper, device: torch.device) -> None:

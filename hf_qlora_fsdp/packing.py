@@ -254,9 +254,14 @@ class PackedLinear4bit(bnb.nn.Linear4bit):
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         return _PackedLinear.apply(x.to(self.compute_dtype), bias, self).to(x.dtype)
 
-    def dequantized(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the weight `[N, K]` that this layer computes with. It must be gathered, not a shard."""
         return dequantize(self.weight, self.layout, dtype or self.compute_dtype)
+
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802
+        """PEFT's sign for "ask the layer to dequantise, not its weight", as DoRA does (peft utils/integrations.py)."""
+        return self.weight
 
     def extra_repr(self) -> str:
         layout = self.layout

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -77,7 +78,9 @@ class ShardingPolicy:
         fully_shard(module, **(options | changes))
 
     def _can_pin(self, mesh: DeviceMesh) -> bool:
-        return self.cpu_offload_pin_memory and mesh.device_type != "cpu"  # without an accelerator there is nothing to pin for
+        return (
+            self.cpu_offload_pin_memory and mesh.device_type != "cpu"
+        )  # without an accelerator there is nothing to pin for
 
 
 def check_storage_dtype(storage_dtype: torch.dtype, param_dtype: torch.dtype) -> None:
@@ -240,7 +243,9 @@ def shard_model(model: nn.Module, policy: ShardingPolicy, device: torch.device |
         format_bytes(total_bytes * (1 - 1 / dist.get_world_size())),
     )
     for dtype, count in cast.items():
-        log_once("%d frozen tensors were cast from %s to %s.", count, format_dtype(dtype), format_dtype(policy.param_dtype))
+        log_once(
+            "%d frozen tensors were cast from %s to %s.", count, format_dtype(dtype), format_dtype(policy.param_dtype)
+        )
     return model
 
 
@@ -271,7 +276,8 @@ def _move(
 
 def _is_adapter_layer(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
-    return isinstance(module, nn.Linear) and bool(own) and all(parameter.requires_grad for parameter in own)
+    called = isinstance(module, nn.Linear | DoraLinearLayer)  # a unit is gathered when its modules run
+    return called and bool(own) and all(parameter.requires_grad for parameter in own)
 
 
 def _is_unpacked(module: nn.Module) -> bool:

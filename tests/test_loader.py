@@ -93,7 +93,9 @@ def said() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def fail_to_load(rank: int, folders: list[str], options: dict[str, Any], lose: str | None = None) -> tuple[str, str, int]:
+def fail_to_load(
+    rank: int, folders: list[str], options: dict[str, Any], lose: str | None = None
+) -> tuple[str, str, int]:
     """Load what cannot be loaded; return the error, its message, and how many tensors had been read by then.
 
     Args:
@@ -248,7 +250,8 @@ def test_hub_id_offline_and_revision(ranks, tmp_path):
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize(
-    "kind", [{}, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "llm_int8_skip_modules": ["v_proj"]}]
+    "kind",
+    [{}, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "llm_int8_skip_modules": ["v_proj"]}],
 )
 def test_stored_codes_and_scales_are_taken_over(ranks, tmp_path, storage, kind):
     original = load_reference(make_checkpoint(tmp_path / "16-bit", "qwen2"), bnb_4bit_quant_storage=storage, **kind)
@@ -282,7 +285,9 @@ def test_quantised_checkpoint_that_does_not_fit_its_config(ranks, tmp_path):
 
     assert_refused("stored as nf4, double_quant=True", bnb_4bit_quant_type="fp4")
     assert_refused("stored as nf4, double_quant=True", bnb_4bit_use_double_quant=False)
-    assert_refused("is stored in 4 bits, but 'model.layers.0.mlp.up_proj.weight' is no", llm_int8_skip_modules=["up_proj"])
+    assert_refused(
+        "is stored in 4 bits, but 'model.layers.0.mlp.up_proj.weight' is no", llm_int8_skip_modules=["up_proj"]
+    )
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({**tensors, name: tensors[name][:-64].contiguous()}, file, metadata={"format": "pt"})
     assert_refused(f"{name!r} is stored as nf4")
@@ -327,7 +332,6 @@ BF16_STORAGE_IN_FP16 = {
         ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, ["(load_in_8bit=True)", "load_in_4bit=True"]),
         ({"quantization_config": {"load_in_4bit": True}}, ["quantization_config=dict", "Pass BitsAndBytesConfig"]),
         (BF16_STORAGE_IN_FP16, ["quant_storage=bfloat16 with param_dtype=float16", "garbage", "Leave"]),
-        ({"peft_config": LoraConfig(use_dora=True)}, ["use_dora=True", "Use use_dora=False"]),
         ({"peft_config": LoraConfig(init_lora_weights="pissa")}, ["init_lora_weights='pissa'", "Use True, False or"]),
         ({"peft_config": LoraConfig(init_lora_weights="olora")}, ["init_lora_weights='olora'"]),
         ({"peft_config": LoraConfig(target_parameters=["mlp.w"])}, ["target_parameters", "Use target_modules"]),

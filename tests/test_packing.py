@@ -90,7 +90,7 @@ def test_bias_is_trained_as_in_a_plain_linear_layer():
     ours = repack(linear, compute_dtype=torch.float32, storage_dtype=torch.float32)
     ours.bias.requires_grad_(True)
     plain = nn.Linear(64, 96)
-    plain.weight.data = ours.dequantized()
+    plain.weight.data = ours.dequantize()
     plain.bias.data = linear.bias.detach().clone()
     x = torch.randn(3, 5, 64)
     for layer in (ours, plain):
@@ -222,4 +222,4 @@ def test_backward_uses_the_weight_that_is_there_then():
     ours.weight.data.zero_()
     ours.set_packed(gathered)
     y.sum().backward()
-    assert torch.equal(x.grad, torch.ones(2, 96) @ other.dequantized())
+    assert torch.equal(x.grad, torch.ones(2, 96) @ other.dequantize())

@@ -75,7 +75,9 @@ def step(model: nn.Module, rows: torch.Tensor) -> Computed:
 
 def checkpoint_activations(model: nn.Module) -> None:
     base = base_model(model)
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable  # the old name
+    enable = (
+        getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    )  # the old name
     enable({"use_reentrant": False})
 
 
@@ -320,7 +322,7 @@ def gather_in_another_dtype(rank: int, folder: str, storage: torch.dtype, param_
     from hf_qlora_fsdp.packing import repack
 
     layer = repack(linear, compute_dtype=param_dtype, storage_dtype=storage)
-    right = layer.dequantized().float()
+    right = layer.dequantize().float()
     policy.fully_shard(layer, make_mesh(), set())
     layer.unshard()
     gathered = layer.weight.detach()
@@ -377,7 +379,9 @@ def check_what_is_not_sharded(rank: int, folder: str) -> list[str]:
 
 def test_what_is_left_whole_is_found(ranks, tmp_path):
     for said in ranks.run(check_what_is_not_sharded, make_checkpoint(tmp_path)):
-        assert said[0].startswith("These modules should be FSDP units and are not: ['model.layers.0', 'model.layers.1']")
+        assert said[0].startswith(
+            "These modules should be FSDP units and are not: ['model.layers.0', 'model.layers.1']"
+        )
         assert said[1].startswith("These modules should be FSDP units and are not: ['model.layers.1']")
         assert said[2] == "fine"
         assert "model.norm.extra (16 B) is whole on every rank" in said[3]
