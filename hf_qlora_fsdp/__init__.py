@@ -8,16 +8,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .checking import check_adapter as check_adapter
     from .config import QLoRAFSDPConfig as QLoRAFSDPConfig
     from .export import save_adapter as save_adapter
     from .loader import load_quantized_model as load_quantized_model
+    from .merging import merge_adapter as merge_adapter
     from .sharding import shard_model as shard_model
     from .trainer import QLoRAFSDPTrainer as QLoRAFSDPTrainer
 
 _HOME = {
     "QLoRAFSDPConfig": "config",
     "QLoRAFSDPTrainer": "trainer",
+    "check_adapter": "checking",
     "load_quantized_model": "loader",
+    "merge_adapter": "merging",
     "save_adapter": "export",
     "shard_model": "sharding",
 }

@@ -6,8 +6,15 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .demo import add_arguments as add_demo_arguments
+
+WHICH_BASE = """\
+which base:
+  original   the base's own weights. The better base, but not the one that the adapter was trained on.
+  trained    the weights that the adapter was trained on: quantised and dequantised. Answers as the trained model did.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_demo_arguments(demo)
     demo.set_defaults(run=_run_demo)
+    _add_merge(commands)
+    _add_check(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -45,6 +54,65 @@ def _run_demo(args: argparse.Namespace) -> int:
     from .demo import launch
 
     return launch(args)
+
+
+def _add_merge(commands: Any) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="merge an adapter into its base model, shard by shard, on any machine",
+        description="Merge a LoRA, rsLoRA or DoRA adapter into its base model without ever holding the model. The same "
+        "command goes on after an interruption.",
+        epilog=WHICH_BASE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    merge.add_argument("base", metavar="BASE", help="Hub id or folder of the base model")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter, or of a checkpoint")
+    merge.add_argument("output", metavar="OUT", help="new folder for the merged model")
+    merge.add_argument(
+        "--base-weights", choices=("original", "trained"), default="original", help="see below (%(default)s)"
+    )
+    merge.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the output (default: the base's)"
+    )
+    merge.add_argument("--save-4bit", action="store_true", help="write a checkpoint in 4 bits, as bitsandbytes does")
+    merge.add_argument("--device", help="where to compute (default: a GPU if there is one)")
+    merge.set_defaults(run=_run_merge)
+
+
+def _run_merge(args: argparse.Namespace) -> int:
+    from .merging import merge_adapter
+
+    folder = merge_adapter(
+        args.base,
+        args.adapter,
+        args.output,
+        base_weights=args.base_weights,
+        dtype=args.dtype,
+        save_4bit=args.save_4bit,
+        device=args.device,
+    )
+    print(f'The merged model lies in {folder}. To load it: AutoModelForCausalLM.from_pretrained("{folder}")')
+    return 0
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser(
+        "check",
+        help="look for damage in an adapter or a checkpoint",
+        description="Look for damage in an adapter or a training checkpoint: files cut short or altered, tensors that "
+        "are missing, zero, not finite or of another shape than config and base say, an optimizer of another run. Exits "
+        "with 0 if nothing is wrong, with 1 otherwise. No pickle is opened.",
+    )
+    check.add_argument("folder", metavar="DIR", help="folder of the adapter or checkpoint")
+    check.set_defaults(run=_run_check)
+
+
+def _run_check(args: argparse.Namespace) -> int:
+    from .checking import check_adapter
+
+    report = check_adapter(args.folder)
+    print(report)
+    return 0 if report.ok else 1
 
 
 def _version() -> str:

@@ -18,17 +18,17 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 LAYERS = [
     {"errors", "units", "orders"},
     {"ranks"},
-    {"anatomy", "checkpoints", "compat", "fitting", "kernels", "packing", "translation", "watch", "weights"},
-    {"adapters", "config", "planner", "recipes", "summary"},
-    {"experts", "sharding"},
-    {"loader", "export"},
-    {"trainer"},
+    {"anatomy", "checkpoints", "compat", "fitting", "kernels", "packing", "shards", "translation", "watch", "weights"},
+    {"adapters", "config", "lora_math", "merge_folder", "planner", "recipes", "summary"},
+    {"experts", "merge_plan", "sharding"},
+    {"loader", "export", "inputs", "merging"},
+    {"trainer", "checking"},
     {"launch", "doctor", "demo"},
     {"cli"},
 ]
 
 # Each of these works alone, in a notebook, with plain arguments; the trainer and the command line translate for them.
-NEVER_SEE_CONFIG = {"planner", "loader", "sharding", "export"}
+NEVER_SEE_CONFIG = {"planner", "loader", "sharding", "export", "merging", "checking"}
 
 # What the package's own `__init__` defines rather than forwards.
 NAMES_OF_INIT = {"__version__"}
