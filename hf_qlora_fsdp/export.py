@@ -69,9 +69,9 @@ def check_exportable(model: PeftModel) -> None:
     written = sum(len(_adapter_names(model, name)) for name in _trained_adapters(model))
     if written != len(trained):
         raise EmptyAdapterError(
-            f"{len(trained)} tensors are trained, but PEFT would write {written} of them: it does not recognise names such "
-            f"as {next(name for name, p in model.named_parameters() if p.requires_grad)!r}. Remove the wrapper that "
-            "renames the modules; gradient_checkpointing=True needs none."
+            f"{len(trained)} tensors are trained, but PEFT would write {written} of them: it does not recognise names "
+            f"such as {next(name for name, p in model.named_parameters() if p.requires_grad)!r}. Remove the wrapper "
+            "that renames the modules; gradient_checkpointing=True needs none."
         )
 
 
@@ -109,8 +109,8 @@ def load_adapter(model: PeftModel, folder: str | os.PathLike[str], adapter_name:
     with fail_together(f"reading the adapter in {folder}"):
         if not (Path(folder) / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise ValueError(
-                f"{str(folder)!r} holds no {SAFETENSORS_WEIGHTS_NAME}, so there is no adapter to continue from. Pass the "
-                "folder of a checkpoint that this trainer or PEFT has written."
+                f"{str(folder)!r} holds no {SAFETENSORS_WEIGHTS_NAME}, so there is no adapter to continue from. Pass "
+                "the folder of a checkpoint that this trainer or PEFT has written."
             )
         stored = load_peft_weights(str(folder), device="cpu")
         targets = _adapter_names(model, adapter_name)
@@ -118,14 +118,14 @@ def load_adapter(model: PeftModel, folder: str | os.PathLike[str], adapter_name:
             lacking, foreign = sorted(set(targets) - set(stored)), sorted(set(stored) - set(targets))
             raise ValueError(
                 f"The adapter in {str(folder)!r} is not the one that the model trains: it lacks {lacking[:3]} and has "
-                f"{foreign[:3]} besides ({len(lacking)} and {len(foreign)} tensors). Pass the peft_config it was trained "
-                "with."
+                f"{foreign[:3]} besides ({len(lacking)} and {len(foreign)} tensors). Pass the peft_config it was "
+                "trained with."
             )
         for name, parameter in targets.items():
             if stored[name].shape != parameter.shape:
                 raise ValueError(
-                    f"{name} has shape {list(stored[name].shape)} in {str(folder)!r} and {list(parameter.shape)} in the "
-                    "model. Pass the peft_config the adapter was trained with (r, target_modules)."
+                    f"{name} has shape {list(stored[name].shape)} in {str(folder)!r} and {list(parameter.shape)} in "
+                    "the model. Pass the peft_config the adapter was trained with (r, target_modules)."
                 )
         for name, parameter in targets.items():
             _fill(parameter, stored[name])

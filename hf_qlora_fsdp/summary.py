@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def local_bytes(model: nn.Module) -> dict[str, int]:
     return dict(sizes)
 
 
-def describe(model: nn.Module, units: list[Unit], param_dtype: torch.dtype, offload: str, patches: list[str]) -> str:
+def describe(model: Any, units: list[Unit], param_dtype: torch.dtype, offload: str, patches: list[str]) -> str:
     """Describe a sharded model as a table of a few rows.
 
     Args:
@@ -53,7 +54,7 @@ def describe(model: nn.Module, units: list[Unit], param_dtype: torch.dtype, offl
     layouts = {module.layout for module in model.modules() if isinstance(module, PackedLinear4bit)}
     kinds = {f"{layout.quant_type}{' double-quantised' if layout.double_quant else ''}" for layout in layouts}
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     num_layers, others = sum(unit.is_decoder_layer for unit in units), [u.name for u in units if not u.is_decoder_layer]
     rows = [
         ("model", f"{base.config.name_or_path or type(base).__name__}, sharded over {dist.get_world_size()} ranks"),

@@ -216,6 +216,7 @@ def read_back(rank: int, folder: str, path: str, out: str) -> dict[str, Any]:
         "r": training.refusal(load_adapter, smaller.model, path),
         "targets": training.refusal(load_adapter, fewer.model, path),
         "resume r": training.refusal(smaller.train, resume_from_checkpoint=f"{out}/plain/checkpoint-2"),
+        "args": torch.load(f"{out}/plain/saved/training_args.bin", weights_only=False).to_dict(),
         "nothing there": training.refusal(load_adapter, trainer.model, out),
     }
 
@@ -233,6 +234,10 @@ def test_an_adapter_of_plain_peft_loads_here(read: tuple[torch.Tensor, list[dict
     written, results = read
     for result in results:
         assert torch.allclose(result["logits"], written, rtol=0, atol=LOGIT_BOUND * written.abs().max().item())
+
+
+def test_the_arguments_are_saved(read: tuple[torch.Tensor, list[dict[str, Any]]]) -> None:
+    assert {"learning_rate": 5e-3, "param_dtype": "float32", "max_steps": 3}.items() <= read[1][0]["args"].items()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ see in each step the two rows that one process with a batch of two sees.
 **The bounds.** In float32, a sum of K terms carries a rounding error of about sqrt(K) times the unit roundoff; the
 longest sums here are the 256 products of `down_proj`, and each of the n steps starts from the weights that the rounding
 of the steps before has moved. Relative bound: n sqrt(256) 2^-24, 2e-5 for 20 steps; a gradient that is not reduced, or
-reduced in bfloat16, shows at 1e-3. In bfloat16 two runs are two roundings of one float32 trajectory, which is known:
-the sharded run may stray from it twice as far as the stock run does.
+reduced in bfloat16, shows at 1e-3. In bfloat16 two runs are two roundings of one float32 trajectory, which is known,
+and stray from it by chance and equally far. Errors stay in the weights, so a trajectory is only a few independent
+draws; with four of them the mean squares of two such runs differ sixteenfold once in a hundred times (F test).
 """
 
 from __future__ import annotations
@@ -133,9 +134,9 @@ def test_bfloat16_strays_from_float32_no_further_than_plain_trl(
     truth, mine, theirs = (
         torch.tensor(getattr(trajectories[name], what)) for name in ("one float32", run, "stock bfloat16")
     )
-    stray = (theirs - truth).abs().max()
-    assert stray > 1e-3, "the bound itself must say something"
-    assert (mine - truth).abs().max() < 2 * stray
+    stray = (theirs - truth).square().mean()
+    assert stray.sqrt() < 0.05 * truth.mean(), "the bound itself must say something"
+    assert (mine - truth).square().mean() < 16 * stray
 
 
 @pytest.mark.parametrize("run", ["offload", "checkpointing", "gathered"])
@@ -609,7 +610,7 @@ def test_all_ranks_generate(evaluations: list[dict[str, Any]], stock_evaluation:
 
 
 def use_twice(rank: int, folder: str, out: str) -> dict[str, Any]:
-    """Two trainers one after the other with one args object, and one with dropout."""
+    """Two trainers one after the other with one args object, one with dropout, and one on a stream of rows."""
     from hf_qlora_fsdp import QLoRAFSDPConfig, QLoRAFSDPTrainer
 
     args = QLoRAFSDPConfig(**training.arguments(out, max_steps=2, gradient_checkpointing=True))
@@ -619,8 +620,11 @@ def use_twice(rank: int, folder: str, out: str) -> dict[str, Any]:
     dropped = training.run(
         training.ours(folder, training.equal_rows(8), {"folder": out, "max_steps": 12}, {"lora_dropout": 0.2})
     )
+    stream = training.equal_rows(8).to_iterable_dataset()
+    streamed = training.run(training.ours(folder, stream, {"folder": out, "max_steps": 2}))
     return {
         "losses": [run.losses for run in runs],
+        "streamed": streamed.losses,
         "changed": {name for name in before if before[name] != after[name]},
         "dropped": dropped.losses,
     }
@@ -631,6 +635,7 @@ def test_the_same_args_serve_twice(ranks: RankPool, folder: str, out: str) -> No
     assert result["losses"][0] == result["losses"][1]
     assert result["changed"] == set()
     assert result["dropped"][-1] < result["dropped"][0] - 0.3
+    assert len(result["streamed"]) == 2
 
 
 def show_table(rank: int, folder: str, out: str) -> str:

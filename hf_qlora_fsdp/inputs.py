@@ -1,0 +1,194 @@
+"""What a script hands to the trainer, read for what it means here, and refused where it cannot work.
+
+All of it happens before a tokenizer or a weight is read: whoever passes the wrong thing learns it in a second, not
+after a quarter of an hour of loading, and learns what to write instead.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments
+
+from .adapters import check_peft_config, default_peft_config
+from .config import QLoRAFSDPConfig
+from .ranks import log_once
+from .sharding import ShardingPolicy, base_model, check_storage_dtype
+from .units import format_dtype
+
+_TEXT_COLUMNS = ("input_ids", "messages", "prompt", "image", "images")
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any, args: QLoRAFSDPConfig, formatting_func: Any = None) -> None:
+    """Refuse datasets that hold nothing to train on, before the model is loaded.
+
+    Raises:
+        ValueError: One is missing, empty, or has none of the columns that SFT reads.
+    """
+    preparation: Any = args.dataset_kwargs or {}
+    named = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        named["eval_dataset"] = eval_dataset
+    for name, dataset in named.items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise ValueError(
+                f"{name} is a {type(dataset).__name__}, and only a datasets.Dataset or IterableDataset can be trained "
+                "on. Load it with datasets.load_dataset, or build it with Dataset.from_list."
+            )
+        if formatting_func is None and not preparation.get("skip_prepare_dataset"):
+            _check_columns(name, dataset, args.dataset_text_field)
+
+
+def _check_columns(name: str, dataset: Dataset | IterableDataset, text_field: str) -> None:
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"{name} has no rows, so there is nothing to train on. Check how it was filtered.")
+    usable = {text_field, *_TEXT_COLUMNS} & set(row)
+    if not usable or (usable == {"prompt"} and "completion" not in row):
+        raise ValueError(
+            f"{name} has the columns {sorted(row)}, of which SFT reads none. It needs 'messages', 'prompt' and "
+            f"'completion', 'input_ids', or text in the column that dataset_text_field names (now {text_field!r}); or "
+            "pass formatting_func."
+        )
+
+
+def adopt_args(args: TrainingArguments | None, model: Any) -> QLoRAFSDPConfig:
+    """Return the arguments as ours, whatever class they have. Without any: the defaults, and the model's name.
+
+    Raises:
+        ValueError: They ask for something that cannot work here.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
+        args = QLoRAFSDPConfig(f"{os.path.basename(str(name).rstrip('/'))}-SFT")
+    if not isinstance(args, QLoRAFSDPConfig):
+        args = QLoRAFSDPConfig.from_training_args(args)
+    template = args.chat_template_path
+    if template and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
+        raise ValueError(
+            f"chat_template_path={template!r} is not a .jinja file, so TRL would clone the template of a model of that "
+            "name and resize the embedding, which is sharded by then. Save the template as a .jinja file and pass its "
+            "path."
+        )
+    return args
+
+
+def read_policy(args: QLoRAFSDPConfig) -> ShardingPolicy:
+    """Return what the arguments say about sharding."""
+    classes = args.transformer_layer_cls_to_wrap
+    return ShardingPolicy(
+        param_dtype=args.compute_dtype,
+        reshard_after_forward=args.reshard_after_forward,
+        cpu_offload=args.cpu_offload,
+        cpu_offload_pin_memory=args.cpu_offload_pin_memory,
+        transformer_layer_cls_to_wrap=tuple(classes) if classes else None,
+    )
+
+
+def load_processing_class(model: Any, args: QLoRAFSDPConfig) -> Any:
+    """Load the tokenizer of the same revision as the model; TRL would take the newest once it is given a module."""
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # a dict by now
+    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    name = model if isinstance(model, str) else base_model(model).config.name_or_path
+    if not name:
+        raise ValueError(
+            f"The {type(base_model(model)).__name__} passed as model does not know its name, so its tokenizer cannot "
+            "be found. Pass processing_class."
+        )
+    return AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub)
+
+
+def read_model_options(args: QLoRAFSDPConfig, quantization: BitsAndBytesConfig | None) -> dict[str, Any]:
+    """Read `model_init_kwargs` for what they mean to `load_quantized_model`."""
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # a dict by now
+    inner = options.pop("quantization_config", None)
+    if inner is not None and quantization is not None:
+        raise ValueError(
+            "quantization_config was given to the trainer and in model_init_kwargs, and only one can hold. Keep one."
+        )
+    if options.get("device_map") is not None:
+        raise ValueError(
+            f"device_map={options['device_map']!r} places whole layers, while FSDP spreads every layer over all ranks. "
+            "Leave it out."
+        )
+    options.pop("device_map", None)
+    for name in ("low_cpu_mem_usage", "use_safetensors", "load_in_4bit"):
+        if options.pop(name, None) is False:
+            raise ValueError(f"{name}=False, but models are always loaded that way here. Leave it out.")
+    if options.pop("load_in_8bit", False):
+        raise ValueError("load_in_8bit=True, but only 4-bit weights are sharded and trained here. Leave it out.")
+    dtype = options.pop("dtype", options.pop("torch_dtype", None))
+    if dtype not in (None, "auto"):
+        check_same_dtype(getattr(torch, dtype) if isinstance(dtype, str) else dtype, args.compute_dtype)
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    options["quantization_config"] = quantization or inner or args.quantization_config()
+    check_storage_dtype(options["quantization_config"].bnb_4bit_quant_storage, args.compute_dtype)
+    return options
+
+
+def check_same_dtype(dtype: torch.dtype, param_dtype: torch.dtype) -> None:
+    """Refuse a dtype for the frozen weights that is not the parameter dtype.
+
+    Float32 is what `trl.ModelConfig` fills in where nobody asked for anything; it costs a line, not the run.
+
+    Raises:
+        ValueError: Both differ.
+    """
+    if dtype == torch.float32 != param_dtype:
+        log_once(
+            "model_init_kwargs has dtype=float32, which has no effect: frozen weights are kept in %s, the dtype of the "
+            "computation.",
+            format_dtype(param_dtype),
+        )
+    elif dtype != param_dtype:
+        raise ValueError(
+            f"model_init_kwargs has dtype={format_dtype(dtype)} while training computes in "
+            f"{format_dtype(param_dtype)}: FSDP would cast every weight at every step. Leave dtype out, or set "
+            "param_dtype to it."
+        )
+
+
+def check_model(model: Any, peft_config: Any) -> None:
+    """Refuse a model, or an adapter for it, that cannot be trained here.
+
+    Raises:
+        ValueError: It is no model, not in 4 bits, or would get two adapters or one that cannot be initialised.
+    """
+    if isinstance(model, PeftModel) and peft_config is not None:
+        raise ValueError(
+            "model is a PeftModel and peft_config was given too, so there would be two adapters. Pass one of them."
+        )
+    if peft_config is not None:
+        check_peft_config(peft_config)
+    if isinstance(model, str):
+        return
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which is neither a name nor a model. Pass the Hub id or the folder as "
+            "a string."
+        )
+    base = base_model(model)
+    if not getattr(base, "is_loaded_in_4bit", False):
+        kind = "in 8 bits" if getattr(base, "is_loaded_in_8bit", False) else "not quantised"
+        raise ValueError(
+            f"The {type(base).__name__} passed as model is {kind}, and only LoRA on 4-bit weights is trained here. "
+            "Pass its name or folder as model, which is quantised while it is read, or load it with "
+            "quantization_config=BitsAndBytesConfig(load_in_4bit=True)."
+        )
+
+
+def announce_default_adapter() -> LoraConfig:
+    """Return what is trained when nothing was said, and say so."""
+    config = default_peft_config()
+    log_once(
+        "No peft_config given: training LoRA with r=%d, alpha=%d on all linear layers.", config.r, config.lora_alpha
+    )
+    return config
