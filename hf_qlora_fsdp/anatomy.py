@@ -80,8 +80,8 @@ def decoder_layers(model: PreTrainedModel, class_names: list[str] | None = None)
     missing = wanted - {_class_name(module) for module in found.values()}
     if not found or (class_names and missing):
         raise ValueError(
-            f"transformer_layer_cls_to_wrap={sorted(missing or wanted)}, but {type(model).__name__} has no such module, so "
-            "nothing would be sharded layer by layer. Classes that repeat in this model: "
+            f"transformer_layer_cls_to_wrap={sorted(missing or wanted)}, but {type(model).__name__} has no such "
+            "module, so nothing would be sharded layer by layer. Classes that repeat in this model: "
             f"{sorted(_repeated_classes(model))}. Name one of them, or leave transformer_layer_cls_to_wrap out: it is "
             "found from the model."
         )
@@ -113,7 +113,7 @@ def plan_units(model: PreTrainedModel, class_names: list[str] | None = None) -> 
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Return whether the LM head shares a weight with the embedding, be it one that PEFT keeps beside a trained copy."""
+    """Return whether the LM head shares a weight with the embedding, be it one that PEFT keeps beside a copy."""
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     return len(ends) == 2 and bool(set(ends[0].parameters()) & set(ends[1].parameters()))
 
@@ -124,9 +124,9 @@ def refuse_fused_experts(model: PreTrainedModel) -> None:
     Raises:
         ValueError: The model has such experts. Says how much memory they would take in 16 bits.
     """
-    fused = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 3 and "expert" in name}
+    fused = {name: weight for name, weight in model.named_parameters() if weight.ndim >= 3 and "expert" in name}
     if fused:
-        num_bytes = sum(2 * parameter.numel() for parameter in fused.values())
+        num_bytes = sum(2 * weight.numel() for weight in fused.values())
         raise ValueError(
             f"{type(model).__name__} keeps its experts in {len(fused)} fused parameters (such as {next(iter(fused))}). "
             f"They cannot be quantised yet and would take {format_bytes(num_bytes)} in 16 bits. Use a dense model; "
@@ -149,7 +149,8 @@ def _repeated_classes(model: nn.Module) -> set[str]:
     classes: set[str] = set()
     seen: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{outer}.") for outer in seen):
+        inside_another = any(name.startswith(f"{outer}.") for outer in seen)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside_another:
             seen.append(name)
             classes |= {_class_name(child) for child in module}
     return classes

@@ -11,7 +11,8 @@ nodes read their own copy: a disk is closer than another machine.
 
 **Memory.** With S the bytes of a rank's shards, U those of the largest unit in its final form (4 bits, or 16 for the
 embedding), and T those of the largest single tensor as it lies in the checkpoint and once more in the parameter dtype
-(where transformers makes one weight of several stored ones, all of these), the peak on the device of a rank while loading is
+(where transformers makes one weight of several stored ones, all of these), the peak on the device of a rank while
+loading is
 
     S + 2 U + T
 
@@ -23,7 +24,6 @@ A rank that cannot read its part tells the others at the end of the unit (`ranks
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
@@ -55,7 +55,6 @@ from .sharding import (
     shard_root,
     shard_unit,
 )
-from .units import format_bytes, format_dtype
 from .weights import Weights, find_weights
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
@@ -236,8 +235,8 @@ class _Loading:
                     source = rank() - my_rank + reader
                     dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=source, group=node)
                 _fill(module, leaf, tensor)
-        for (_, module, leaf), (_, source, source_leaf) in self.ties:
-            module._parameters[leaf] = source._parameters[source_leaf]
+        for (_, tied, tied_leaf), (_, source, source_leaf) in self.ties:
+            tied._parameters[tied_leaf] = source._parameters[source_leaf]
 
     def _read(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """Read one recipe's tensors and bring them into their final form on the device."""
@@ -331,8 +330,8 @@ def _resolve_quantization(
         if not fields.get("load_in_4bit"):
             raise ValueError(
                 f"The checkpoint is quantised by {fields.get('quant_method')!r}"
-                f"{' to 8 bits' if fields.get('load_in_8bit') else ''}, and only 4-bit weights of bitsandbytes are sharded "
-                "and trained here. Load the 16-bit checkpoint instead; it is quantised while it is read."
+                f"{' to 8 bits' if fields.get('load_in_8bit') else ''}, and only 4-bit weights of bitsandbytes are "
+                "sharded and trained here. Load the 16-bit checkpoint instead; it is quantised while it is read."
             )
         if given is not None:
             log_once("The checkpoint is already quantised: its own quantization_config is used, not the one given.")

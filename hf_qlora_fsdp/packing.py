@@ -259,7 +259,7 @@ class PackedLinear4bit(bnb.nn.Linear4bit):
         return dequantize(self.weight, self.layout, dtype or self.compute_dtype)
 
     @property
-    def W_q(self) -> torch.Tensor:  # noqa: N802
+    def W_q(self) -> torch.Tensor:
         """PEFT's sign for "ask the layer to dequantise, not its weight", as DoRA does (peft utils/integrations.py)."""
         return self.weight
 

@@ -84,7 +84,7 @@ def join_process_group(device_type: str, timeout_seconds: float | None = None) -
 
 
 def collective_device() -> str:
-    """Return where small tensors are best reduced: on the CPU if the group can, so that no accelerator is waited for."""
+    """Return where small tensors are best reduced: on the CPU if the group can, so that no accelerator has to wait."""
     import torch.distributed as dist
 
     return "cpu" if "cpu:" in str(dist.get_backend_config()) else "cuda"

@@ -68,9 +68,7 @@ class Recipe:
         made = [] if self.quant_state else [math.prod(self.shapes.shape(name)) for name in self.targets]
         return self.num_bytes(weights) + dtype.itemsize * sum(made)
 
-    def realize(
-        self, read: Callable[[str], torch.Tensor]
-    ) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    def realize(self, read: Callable[[str], torch.Tensor]) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         """Read the sources and return each target's tensor, with its scales if it was stored quantised.
 
         Args:
@@ -155,8 +153,8 @@ def _match_names(
         elif pattern is None:
             if target in recipes:
                 raise ValueError(
-                    f"The checkpoint holds both {recipes[target].stored_names[0]!r} and {name!r}, which are {target!r} in "
-                    f"{type(model).__name__}, and only one can be. Remove one of them from the checkpoint."
+                    f"The checkpoint holds both {recipes[target].stored_names[0]!r} and {name!r}, which are {target!r} "
+                    f"in {type(model).__name__}, and only one can be. Remove one of them from the checkpoint."
                 )
             recipes[target] = Recipe([target], {name: [name]})
         else:
@@ -236,9 +234,9 @@ def _check_quantized(recipe: Recipe, model: PreTrainedModel, weights: Weights) -
     module = model.get_submodule(target.rpartition(".")[0])
     if recipe.converter is not None or not isinstance(module, PackedLinear4bit):
         raise ValueError(
-            f"{name!r} is stored in 4 bits, but {target!r} is no 4-bit layer of its own in {type(model).__name__}: it is "
-            "listed in llm_int8_skip_modules, or made of several stored weights. Load the 16-bit checkpoint instead; it "
-            "is quantised while it is read."
+            f"{name!r} is stored in 4 bits, but {target!r} is no 4-bit layer of its own in {type(model).__name__}: "
+            "it is listed in llm_int8_skip_modules, or made of several stored weights. Load the 16-bit checkpoint "
+            "instead; it is quantised while it is read."
         )
     layout, state = module.layout, recipe.quant_state
     marker = next((part for part in state if part.startswith("quant_state.")), "")
@@ -246,9 +244,10 @@ def _check_quantized(recipe: Recipe, model: PreTrainedModel, weights: Weights) -
     stored = (marker.rpartition("__")[2], "nested_absmax" in state, weights.tensors[name].num_bytes, absmax_bytes)
     if stored != (layout.quant_type, layout.double_quant, layout.codes_bytes, layout.absmax_bytes):
         raise ValueError(
-            f"{name!r} is stored as {stored[0] or 'an unknown type'}, double_quant={stored[1]}, {stored[2]:,} bytes of codes "
-            f"and {stored[3]:,} of scales, but config.json describes {layout} ({layout.codes_bytes:,} and "
-            f"{layout.absmax_bytes:,} bytes). Weights and config do not belong together; download both from one revision."
+            f"{name!r} is stored as {stored[0] or 'an unknown type'}, double_quant={stored[1]}, {stored[2]:,} bytes of "
+            f"codes and {stored[3]:,} of scales, but config.json describes {layout} ({layout.codes_bytes:,} and "
+            f"{layout.absmax_bytes:,} bytes). Weights and config do not belong together; download both from one "
+            "revision."
         )
 
 

@@ -78,9 +78,7 @@ class ShardingPolicy:
         fully_shard(module, **(options | changes))
 
     def _can_pin(self, mesh: DeviceMesh) -> bool:
-        return (
-            self.cpu_offload_pin_memory and mesh.device_type != "cpu"
-        )  # without an accelerator there is nothing to pin for
+        return self.cpu_offload_pin_memory and mesh.device_type != "cpu"  # memory is pinned for an accelerator
 
 
 def check_storage_dtype(storage_dtype: torch.dtype, param_dtype: torch.dtype) -> None:
@@ -91,9 +89,9 @@ def check_storage_dtype(storage_dtype: torch.dtype, param_dtype: torch.dtype) ->
     """
     if storage_dtype.is_floating_point and storage_dtype != param_dtype:
         raise ValueError(
-            f"bnb_4bit_quant_storage={format_dtype(storage_dtype)} with param_dtype={format_dtype(param_dtype)}: FSDP would "
-            "cast the packed 4-bit bytes as numbers and train on garbage. Leave bnb_4bit_quant_storage out; it follows "
-            f"the parameter dtype. Or train in {format_dtype(storage_dtype)}."
+            f"bnb_4bit_quant_storage={format_dtype(storage_dtype)} with param_dtype={format_dtype(param_dtype)}: "
+            "FSDP would cast the packed 4-bit bytes as numbers and train on garbage. Leave bnb_4bit_quant_storage out; "
+            f"it follows the parameter dtype. Or train in {format_dtype(storage_dtype)}."
         )
 
 
@@ -237,8 +235,8 @@ def shard_model(model: nn.Module, policy: ShardingPolicy, device: torch.device |
     move_buffers(model, device)
     base.__dict__.pop("hf_device_map", None)
     log_once(
-        "The model was loaded whole by every rank (%s each) and is now sharded in place. Pass its name or folder instead "
-        "of the model and no rank holds more than its share: %s less at the peak.",
+        "The model was loaded whole by every rank (%s each) and is now sharded in place. Pass its name or folder "
+        "instead of the model and no rank holds more than its share: %s less at the peak.",
         format_bytes(total_bytes),
         format_bytes(total_bytes * (1 - 1 / dist.get_world_size())),
     )
@@ -253,8 +251,8 @@ def _check_quantized(base: nn.Module) -> None:
     if not any(isinstance(module, Linear4bit) for module in base.modules()):
         kind = "in 8 bits" if getattr(base, "is_loaded_in_8bit", False) else "not quantised"
         raise ValueError(
-            f"The {type(base).__name__} passed as model is {kind}, and only 4-bit weights are trained here. Pass its name or "
-            "folder as model, which is quantised while it is read, or load it with "
+            f"The {type(base).__name__} passed as model is {kind}, and only 4-bit weights are trained here. Pass "
+            "its name or folder as model, which is quantised while it is read, or load it with "
             "quantization_config=BitsAndBytesConfig(load_in_4bit=True)."
         )
 

@@ -1,4 +1,4 @@
-"""A model is cut by its own description: the units of families that differ in their ends, their names and their ties."""
+"""A model is cut by its own description: the units of families that differ in ends, names and ties."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from hf_qlora_fsdp.anatomy import (
 )
 from tests.tiny import FAMILIES, make_model
 
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 128, "intermediate_size": 128}
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 128,
+    "intermediate_size": 128,
+}
 LLAMA_LIKE = {**SIZES, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0}
 
 # Configs, and the embedding, the norm, the head, and the layers in each one's own words.
@@ -88,7 +94,7 @@ def test_class_to_wrap_can_be_given():
 def test_wrong_class_lists_the_real_ones():
     with pytest.raises(ValueError, match=r"\['MistralDecoderLayer'\], but LlamaForCausalLM.*\['LlamaDecoderLayer'\]"):
         decoder_layers(build("llama"), ["MistralDecoderLayer"])
-    with pytest.raises(ValueError, match=r"\['Typo'\], but LlamaForCausalLM"):  # one right name does not hide a wrong one
+    with pytest.raises(ValueError, match=r"\['Typo'\], but LlamaForCausalLM"):  # a right name hides no wrong one
         decoder_layers(build("llama"), ["LlamaDecoderLayer", "Typo"])
 
 

@@ -14,7 +14,6 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,6 +245,9 @@ def test_hub_id_offline_and_revision(ranks, tmp_path):
 
 
 # ---- Checkpoints that are quantised already --------------------------------------------------------------------------
+
+
+PLAIN_FP4 = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "llm_int8_skip_modules": ["v_proj"]}
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])

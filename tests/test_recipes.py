@@ -204,7 +204,9 @@ def test_tied_head_that_differs_is_refused(tied):
     head = tied.tensors["model.embed_tokens.weight"].clone()
     head[3, 3] += 1
     tied.tensors["lm_head.weight"] = head
-    tied.assert_refused(r"ties 'model\.embed_tokens\.weight' and 'lm_head\.weight'.*different.*tie_word_embeddings=False")
+    tied.assert_refused(
+        r"ties 'model\.embed_tokens\.weight' and 'lm_head\.weight'.*different.*tie_word_embeddings=False"
+    )
 
 
 def test_tied_embedding_of_which_only_the_head_is_stored(tied):
@@ -229,7 +231,9 @@ def test_missing_tensors_are_named(llama):
 
 def test_unexpected_tensor_is_named(llama):
     llama.tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(32)
-    llama.assert_refused(r"holds 1 tensors .*: model\.layers\.0\.self_attn\.q_norm\.weight\. .*would be dropped.*key_mapping")
+    llama.assert_refused(
+        r"holds 1 tensors .*: model\.layers\.0\.self_attn\.q_norm\.weight\. .*would be dropped.*key_mapping"
+    )
 
 
 @pytest.mark.parametrize(

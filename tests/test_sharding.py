@@ -193,7 +193,7 @@ def whole_model(folder: str, dtype: torch.dtype, storage: torch.dtype = torch.ui
 def reference_model(folder: str, dtype: torch.dtype, **lora: Any) -> PeftModel:
     """One process, bitsandbytes' layers, PEFT's adapter in the dtype that the sharded one is gathered in."""
     model = get_peft_model(whole_model(folder, dtype), LoraConfig(**LORA, **lora), autocast_adapter_dtype=False)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     draw_adapter(model)
@@ -245,10 +245,10 @@ class TestAgainstOneProcess:
             computed = [results[rank][variant] for rank in range(2)]
             for rank in range(2):
                 assert_identical(computed[rank], by_row[rank])
-            # A batch of two multiplies matrices of another shape, whose sums may run in another order. Every number here
-            # is a sum of at most 512 products (the vocabulary) behind at most 2 layers of 7 such products: relative to
-            # the largest number of its tensor, 512 roundings at each of some 30 steps would be 1e-3 if all went one way,
-            # and, as roundings go, are their root. A gradient that lacks a rank, or is summed, not averaged, is 0.5 off.
+            # A batch of two multiplies matrices of another shape, whose sums may run in another order. Every number
+            # here is a sum of at most 512 products (the vocabulary) behind 2 layers of 7 such sums, there and back:
+            # some 30 steps. The roundings of a sum of n terms are as a random walk, the root of n of them. What is to
+            # be found is far beyond: a gradient that lacks a rank, or is summed and not averaged, is 0.5 off.
             bound = 30 * 512**0.5 * torch.finfo(torch.float32).eps
             assert_close(torch.cat([c["logits"] for c in computed]), expected["logits"], bound)
             assert_close(sum(c["loss"] for c in computed) / 2, expected["loss"], bound)
@@ -316,7 +316,7 @@ def test_storage_is_the_parameter_dtype_or_no_number_at_all(storage, param_dtype
 
 
 def gather_in_another_dtype(rank: int, folder: str, storage: torch.dtype, param_dtype: torch.dtype) -> float:
-    """Do what is refused: store in one dtype, gather in another. Return how far the weight is off, in its own spread."""
+    """Do what is refused: store in one dtype, gather in another. Return how far the weight is off, in its spread."""
     policy = ShardingPolicy(param_dtype=param_dtype)
     linear = next(m for m in whole_model(folder, param_dtype).modules() if hasattr(m, "quant_state"))
     from hf_qlora_fsdp.packing import repack
