@@ -1,6 +1,6 @@
 """The arguments of a training run, and what must be settled before anything is loaded.
 
-`QLoRAFSDPConfig` is TRL's `SFTConfig` with seven fields more. What is worth knowing about it:
+`QLoRAFSDPConfig` is TRL's `SFTConfig` with eight fields more. What is worth knowing about it:
 
 **One dtype.** FSDP2 casts what it gathers to the parameter dtype of its mixed-precision policy. Four-bit weights are
 packed two to a byte, and the bytes are stored under some dtype: if it is another floating one, the cast changes the
@@ -112,6 +112,15 @@ class QLoRAFSDPConfig(SFTConfig):
         metadata={
             "help": "Free a unit after its forward pass and gather it again for the backward pass. False saves that "
             "communication and holds the whole 4-bit model on every device from forward to backward."
+        },
+    )
+
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "What to do before a step whose gradients are infinite or not a number: 'stop' training with an "
+            "error that names step, rank and last checkpoint, or 'skip' the step.",
+            "choices": ["stop", "skip"],
         },
     )
 
@@ -247,6 +256,9 @@ class QLoRAFSDPConfig(SFTConfig):
         if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
             given = f"bnb_4bit_quant_type={self.bnb_4bit_quant_type!r}"
             raise refusal(given, "bitsandbytes has two 4-bit data types", 'Write "nf4", or "fp4".')
+        if self.on_nonfinite not in ("stop", "skip"):
+            given = f"on_nonfinite={self.on_nonfinite!r}"
+            raise refusal(given, "a step with broken gradients cannot be taken", 'Write "stop", or "skip".')
 
     def _take_over(self, brought: Translation, from_launcher: bool = False) -> None:
         """Set the fields that other spellings mean, one line each; silence where they say what holds anyway."""

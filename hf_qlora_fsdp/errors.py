@@ -19,3 +19,7 @@ class RankError(RuntimeError):
 
 class EmptyAdapterError(RuntimeError):
     """An adapter without a single tensor was about to be written."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is infinite or not a number, and the run was told to stop."""

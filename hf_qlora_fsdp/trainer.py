@@ -9,8 +9,7 @@ training loop are theirs, unchanged.
     model in memory    -> adapter, shard_model   } -> PeftModel in FSDP units -> SFTTrainer
     sharded model      -> adapter, its own units/
 
-What is overridden is what upstream does wrong with such a model: it would gather the whole base at every save, write
-an empty adapter when names carry a wrapper's prefix, and cast the float32 masters to bfloat16.
+Saving, resuming and what may go wrong in between are `resuming.py`'s.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -34,7 +31,7 @@ from .adapters import initialize_adapter, inject_adapter
 from .anatomy import plan_units
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
 from .config import QLoRAFSDPConfig
-from .export import check_exportable, load_adapter, load_optimizer, save_adapter, save_optimizer, synchronize
+from .export import check_exportable
 from .inputs import (
     adopt_args,
     announce_default_adapter,
@@ -46,6 +43,7 @@ from .inputs import (
 )
 from .loader import load_quantized_model
 from .ranks import log_once, rank
+from .resuming import ResumableTrainer
 from .sharding import (
     base_model,
     check_sharded,
@@ -58,11 +56,8 @@ from .sharding import (
 )
 from .summary import describe
 
-_SCHEDULER_FILE = "scheduler.pt"
-_ARGUMENTS_FILE = "training_args.bin"
 
-
-class QLoRAFSDPTrainer(SFTTrainer):
+class QLoRAFSDPTrainer(ResumableTrainer):
     """Fine-tune a causal LM with LoRA on 4-bit weights that FSDP2 shards across all ranks.
 
     Takes every argument of [`~trl.SFTTrainer`]. Launch with `torchrun --nproc_per_node N script.py`.
@@ -80,11 +75,6 @@ class QLoRAFSDPTrainer(SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "qlora", "fsdp"]  # noqa: RUF012, upstream's attribute
-
-    # Upstream allows each to be None at some time; where they are read here, they are there.
-    model: Any
-    optimizer: Any
-    lr_scheduler: Any
 
     def __init__(
         self,
@@ -147,6 +137,11 @@ class QLoRAFSDPTrainer(SFTTrainer):
                 "The model was sharded without an adapter, so each layer's LoRA weights become a unit of their own, "
                 "gathered separately. Give peft_config to load_quantized_model to have them in the layer's unit."
             )
+            if peft_config.use_dora:
+                raise ValueError(
+                    "peft_config has use_dora=True, but the model is sharded already, and DoRA's magnitudes are taken from "
+                    "whole weights. Give peft_config to load_quantized_model, or pass the model's name or folder."
+                )
             model = inject_adapter(model, peft_config)
             initialize_adapter(model, peft_config, mesh_device(mesh))
             base = base_model(model)
@@ -172,45 +167,6 @@ class QLoRAFSDPTrainer(SFTTrainer):
         super().create_accelerator_and_postprocess()
         # On this instance: the model is sharded, so its optimizer needs no parameters swapped and nothing is wrapped.
         self.accelerator._prepare_fsdp2 = functools.partial(_prepare_sharded, self.accelerator)
-
-    # -- saving and resuming -----------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter as plain PEFT files, and the tokenizer. All ranks must call it; rank 0 writes."""
-        output_dir = str(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            os.makedirs(output_dir, exist_ok=True)
-        save_adapter(self.model, output_dir)
-        if self.args.should_save:
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
-            torch.save(self.args, os.path.join(output_dir, _ARGUMENTS_FILE))
-        synchronize()
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_optimizer(self.model, self.optimizer.optimizer, output_dir)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, _SCHEDULER_FILE))
-        synchronize()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adapter(model or self.model, resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        if self.args.save_only_model or not os.path.isfile(os.path.join(checkpoint, _SCHEDULER_FILE)):
-            log_once("%s holds no optimizer states: training goes on with fresh ones.", checkpoint)
-            return
-        load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
-        state = torch.load(os.path.join(checkpoint, _SCHEDULER_FILE), weights_only=True)
-        self.lr_scheduler.load_state_dict(state)
-
-    def _load_best_model(self) -> None:
-        log_once("Loading the best adapter, from %s.", self.state.best_model_checkpoint)
-        load_adapter(self.model, str(self.state.best_model_checkpoint))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,243 @@
+"""Checkpoint folders that are whole or not there.
+
+A run may be killed at any moment: by the scheduler, by a full disk, by a colleague. So a checkpoint is written where
+nobody looks for one, sealed, and only then given its name:
+
+    .saving-checkpoint-500/     adapter, optimizer, scheduler, random states, trainer state: written by all ranks
+        manifest.json           last: size and SHA-256 of every file, and what the checkpoint belongs to
+    checkpoint-500/             by one rename, after everything has reached the disk
+
+A folder without a manifest, or whose files are not those of its manifest, is no checkpoint. `newest_valid` passes over
+it and says why. Nothing in a checkpoint is a pickle that could run code: tensors are safetensors, the rest is JSON.
+
+The manifest also says **what the checkpoint continues**: the base model (by a checksum of its weights as they were
+trained against, so that a moved folder is still the same model and another one of the same shape is not), the adapter's
+shape, and how many sequences made a step. `check_continues` refuses to go on with anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+MANIFEST = "manifest.json"
+STAGING_PREFIX = ".saving-"
+
+_CHECKPOINT_NAME = re.compile(r"^checkpoint-(\d+)$")
+_PACKAGES = ("hf_qlora_fsdp", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+_CHUNK_BYTES = 1 << 24
+
+
+def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the manifest of a finished folder, after all its files have reached the disk.
+
+    Args:
+        folder (`Path`): The folder, complete but for its manifest.
+        facts (`Mapping`): What the checkpoint belongs to, see `describe_run`.
+    """
+    files = {}
+    for path in _files(folder):
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
+        _flush(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"facts": dict(facts), "files": files}, indent=1))
+    _flush(manifest)
+    for directory in {path.parent for path in [manifest, *_files(folder)]}:
+        _flush(directory)
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Give a sealed folder its name. It appears whole: a rename is one step for the file system."""
+    if final.exists():  # the same step, saved again after resuming from before it
+        old = final.with_name(f"{STAGING_PREFIX}old-{final.name}")
+        os.rename(final, old)
+        os.rename(staging, final)
+        shutil.rmtree(old)
+    else:
+        os.rename(staging, final)
+    _flush(final.parent)
+
+
+def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest.
+
+    Args:
+        folder (`str`): The checkpoint.
+    Returns:
+        `dict`: The manifest's facts.
+    Raises:
+        ValueError: It has no manifest, or a file is missing, cut short or altered. Names the file.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files, facts = manifest["files"], manifest["facts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(folder)!r} has no readable {MANIFEST} ({error}), so it was never finished or is not a checkpoint of this "
+            "package. Resume from another one; resume_from_checkpoint=True finds the newest that is whole."
+        ) from error
+    for name, expected in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected["bytes"] or _hash_file(path) != expected["sha256"]:
+            damage = "is missing" if size is None else "is not the file that was saved"
+            raise ValueError(
+                f"{name} in {str(folder)!r} {damage} (its size is {size}, the manifest says {expected['bytes']}). "
+                "Resume from another checkpoint; resume_from_checkpoint=True finds the newest that is whole."
+            )
+    return facts
+
+
+def newest_valid(output_dir: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """Find the checkpoint with the highest step whose files are all as they were saved.
+
+    Args:
+        output_dir (`str`): Where the run saves.
+    Returns:
+        The folder, or `None`, and a sentence for each newer one that was passed over.
+    """
+    folder = Path(output_dir)
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    steps = sorted((int(match[1]) for name in names if (match := _CHECKPOINT_NAME.match(name))), reverse=True)
+    skipped = []
+    for step in steps:
+        candidate = folder / f"checkpoint-{step}"
+        try:
+            verify(candidate)
+        except ValueError as error:
+            skipped.append(str(error))
+        else:
+            return candidate, skipped
+    return None, skipped
+
+
+def clear_leftovers(output_dir: str | os.PathLike[str]) -> list[str]:
+    """Remove what a run that was killed while saving has left, and return the names."""
+    folder = Path(output_dir)
+    leftovers = sorted(folder.glob(f"{STAGING_PREFIX}*")) if folder.is_dir() else []
+    for leftover in leftovers:
+        final = folder / leftover.name.removeprefix(f"{STAGING_PREFIX}old-")
+        if leftover.name.startswith(f"{STAGING_PREFIX}old-") and not final.exists():
+            os.rename(leftover, final)  # killed between the two renames of `publish`
+        else:
+            shutil.rmtree(leftover)
+    return [leftover.name for leftover in leftovers]
+
+
+def describe_run(
+    model: nn.Module, *, base_model: str, revision: str | None, peft_config: Any, sequences_per_step: int
+) -> dict[str, Any]:
+    """Collect what a checkpoint belongs to. A collective, on the first call for a model.
+
+    Args:
+        model (`nn.Module`): The sharded model.
+        base_model (`str`): Its name or folder.
+        revision (`str`, *optional*): Its commit on the Hub.
+        peft_config (`LoraConfig`): What is trained.
+        sequences_per_step (`int`): Batch size times accumulation times ranks.
+    """
+    targets = peft_config.target_modules
+    return {
+        "base_model": base_model,
+        "revision": revision,
+        "base_checksum": base_checksum(model),
+        "r": peft_config.r,
+        "lora_alpha": peft_config.lora_alpha,
+        "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
+        "modules_to_save": sorted(peft_config.modules_to_save or []),
+        "use_dora": peft_config.use_dora,
+        "use_rslora": peft_config.use_rslora,
+        "sequences_per_step": sequences_per_step,
+        "world_size": dist.get_world_size(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def check_continues(folder: str | os.PathLike[str], saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Refuse to continue a checkpoint with another model, adapter or batch; return what else differs.
+
+    Args:
+        folder (`str`): The checkpoint, for the message.
+        saved (`Mapping`): Its facts.
+        now (`Mapping`): Those of this run.
+    Raises:
+        ValueError: They do not belong together. Names both values.
+    """
+    if saved["base_checksum"] != now["base_checksum"]:
+        raise ValueError(
+            f"{str(folder)!r} was trained on {saved['base_model']!r} (weights {saved['base_checksum']}), and the model now is "
+            f"{now['base_model']!r} (weights {now['base_checksum']}). An adapter fits only the weights it was trained on. "
+            "Pass the model, revision and quantisation of the checkpoint."
+        )
+    for name in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora"):
+        if saved[name] != now[name]:
+            raise ValueError(
+                f"{str(folder)!r} was trained with {name}={saved[name]!r}, and peft_config now has {now[name]!r}. Its weights "
+                f"would not mean the same. Set {name}={saved[name]!r}, or start a new run in another output_dir."
+            )
+    return [
+        f"{name}: {saved['versions'].get(name)} then, {version} now"
+        for name, version in now["versions"].items()
+        if saved["versions"].get(name) != version
+    ]
+
+
+def base_checksum(model: nn.Module) -> str:
+    """Return a checksum of all frozen weights, the same for any number of ranks. A collective; kept on the model.
+
+    Each byte counts, weighted by the place of its tensor in the model: 4-bit codes and scales as they are trained
+    against, so another quantisation is another base.
+    """
+    if getattr(model, "_base_checksum", None) is None:
+        total = 0
+        for index, parameter in enumerate(parameter for parameter in model.parameters() if not parameter.requires_grad):
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            whole_here = not isinstance(parameter, DTensor)
+            if local.numel() and not (whole_here and dist.get_rank() > 0):
+                raw = local.detach().reshape(-1).view(torch.uint8)
+                total += (index + 1) * int(raw.sum(dtype=torch.int64))
+        totals: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(totals, total)
+        model._base_checksum = f"{sum(totals) % (1 << 64):016x}"
+    return model._base_checksum
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # this package, run from its source tree
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have a file's, or a folder's, contents reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,209 @@
+"""A checkpoint folder is whole or not there, whatever kills the process that writes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_qlora_fsdp.checkpoints import (
+    MANIFEST,
+    STAGING_PREFIX,
+    base_checksum,
+    check_continues,
+    clear_leftovers,
+    newest_valid,
+    publish,
+    seal,
+    verify,
+)
+
+FACTS = {
+    "base_model": "some/model",
+    "base_checksum": "00ff",
+    "r": 8,
+    "lora_alpha": 16,
+    "target_modules": ["q_proj"],
+    "modules_to_save": [],
+    "use_dora": False,
+    "use_rslora": False,
+    "sequences_per_step": 8,
+    "versions": {"torch": "2.13.0"},
+}
+
+
+def save(output_dir: Path, step: int, size: int = 1000) -> Path:
+    """Save as a trainer does: aside, sealed, published."""
+    final = output_dir / f"checkpoint-{step}"
+    staging = output_dir / f"{STAGING_PREFIX}{final.name}"
+    (staging / "other").mkdir(parents=True)
+    (staging / "adapter.safetensors").write_bytes(random.Random(step).randbytes(size))
+    (staging / "other" / "state.json").write_text(json.dumps({"step": step}))
+    seal(staging, {**FACTS, "step": step})
+    publish(staging, final)
+    return final
+
+
+def test_what_was_saved_is_verified(tmp_path):
+    folder = save(tmp_path, 10)
+    assert verify(folder)["step"] == 10
+    assert newest_valid(tmp_path) == (folder, [])
+    assert set(json.loads((folder / MANIFEST).read_text())["files"]) == {"adapter.safetensors", "other/state.json"}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: cut(folder / "adapter.safetensors"), "adapter.safetensors"),
+        (lambda folder: flip(folder / "adapter.safetensors"), "adapter.safetensors"),
+        (lambda folder: (folder / "other" / "state.json").unlink(), "state.json.*missing"),
+        (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
+        (lambda folder: cut(folder / MANIFEST), MANIFEST),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), MANIFEST),
+    ],
+)
+def test_damage_is_named_and_passed_over(tmp_path, damage, said):
+    older, newer = save(tmp_path, 9), save(tmp_path, 10)
+    damage(newer)
+    with pytest.raises(ValueError, match=said):
+        verify(newer)
+    found, skipped = newest_valid(tmp_path)
+    assert found == older
+    assert len(skipped) == 1 and "checkpoint-10" in skipped[0]
+
+
+def test_steps_are_compared_as_numbers_and_other_folders_are_left_alone(tmp_path):
+    save(tmp_path, 9)
+    newest = save(tmp_path, 10)
+    (tmp_path / "checkpoint-11.backup").mkdir()
+    (tmp_path / "final").mkdir()
+    assert newest_valid(tmp_path) == (newest, [])
+    assert newest_valid(tmp_path / "nowhere") == (None, [])
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    save(tmp_path, 10, size=1000)
+    folder = save(tmp_path, 10, size=2000)
+    assert verify(folder) and (folder / "adapter.safetensors").stat().st_size == 2000
+    assert clear_leftovers(tmp_path) == []
+
+
+def test_killed_between_the_two_renames_the_old_one_comes_back(tmp_path):
+    folder = save(tmp_path, 10)
+    os.rename(folder, tmp_path / f"{STAGING_PREFIX}old-checkpoint-10")
+    (tmp_path / f"{STAGING_PREFIX}checkpoint-10").mkdir()
+    assert len(clear_leftovers(tmp_path)) == 2
+    assert newest_valid(tmp_path) == (folder, [])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
+    """A process that does nothing but save is killed 30 times; no finished checkpoint is ever lost or half there."""
+    root = str(Path(__file__).parent.parent)
+    moments, reported = random.Random(0), tmp_path / "reported"
+    # One process imports, and forks those that are killed: starting each anew would take a minute.
+    command = [sys.executable, "-c", FORKER.format(root=root), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forker:
+        try:
+            for _ in range(30):
+                victim = int(forker.stdout.readline())
+                time.sleep(moments.uniform(0.0, 0.3))
+                os.kill(victim, signal.SIGKILL)
+                assert forker.stdout.readline() == "dead\n"
+                found, skipped = newest_valid(tmp_path)
+                assert skipped == []  # what has the name of a checkpoint is one
+                finished = int(reported.read_text()) if reported.exists() else 0
+                assert finished <= (int(found.name.split("-")[1]) if found else 0)
+                for folder in tmp_path.glob("checkpoint-*"):
+                    if folder != found:
+                        shutil.rmtree(folder)
+        finally:
+            forker.kill()
+    assert finished > 10  # it did save in between
+
+
+FORKER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from hf_qlora_fsdp.checkpoints import clear_leftovers
+from tests.test_checkpoints import save
+output = Path(sys.argv[1])
+reported = output / "reported"
+while True:
+    child = os.fork()
+    if child == 0:
+        clear_leftovers(output)
+        step = int(reported.read_text()) if reported.exists() else 0
+        while True:
+            step += 1
+            save(output, step, size=3_000_000)
+            (output / "new").write_text(str(step))
+            os.rename(output / "new", reported)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("dead", flush=True)
+"""
+
+
+def test_only_the_same_run_is_continued():
+    assert check_continues("c", FACTS, FACTS) == []
+    assert check_continues("c", FACTS, {**FACTS, "versions": {"torch": "3.0"}}) == ["torch: 2.13.0 then, 3.0 now"]
+    assert check_continues("c", FACTS, {**FACTS, "base_model": "/moved/here"}) == []
+    with pytest.raises(ValueError, match=r"some/model.*00ff.*other/model.*1234"):
+        check_continues("c", FACTS, {**FACTS, "base_model": "other/model", "base_checksum": "1234"})
+    with pytest.raises(ValueError, match=r"r=8.*now has 16"):
+        check_continues("c", FACTS, {**FACTS, "r": 16})
+    with pytest.raises(ValueError, match=r"target_modules=\['q_proj'\].*\['k_proj', 'q_proj'\]"):
+        check_continues("c", FACTS, {**FACTS, "target_modules": ["k_proj", "q_proj"]})
+
+
+def checksums(rank: int) -> list[str]:
+    from torch.distributed.fsdp import fully_shard
+
+    from hf_qlora_fsdp.sharding import make_mesh
+
+    found = []
+    for change in (None, "value", "order", "trained"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*[torch.nn.Linear(5, 5, bias=False) for _ in range(3)]).requires_grad_(False)
+        model[2].requires_grad_(True)
+        with torch.no_grad():
+            if change == "value":
+                model[0].weight[3, 3] += 1e-3
+            elif change == "order":
+                model[0].weight, model[1].weight = model[1].weight, model[0].weight
+            elif change == "trained":
+                model[2].weight += 1
+        whole = base_checksum(model)
+        del model._base_checksum
+        fully_shard(model, mesh=make_mesh())
+        found += [whole, base_checksum(model)]
+    return found
+
+
+def test_the_checksum_of_the_base_sees_values_and_order_and_not_the_sharding(ranks):
+    for found in ranks.run(checksums):
+        whole, sharded, value, value_sharded, order, _, trained, trained_sharded = found
+        assert whole == sharded == trained == trained_sharded
+        assert value == value_sharded
+        assert len({whole, value, order}) == 3
