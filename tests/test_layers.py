@@ -22,7 +22,8 @@ LAYERS = [
     {"adapters", "config", "lora_math", "merge_folder", "planner", "recipes", "summary"},
     {"experts", "merge_plan", "sharding"},
     {"loader", "export", "inputs", "merging"},
-    {"trainer", "checking"},
+    {"resuming", "checking"},
+    {"trainer"},
     {"launch", "doctor", "demo"},
     {"cli"},
 ]
