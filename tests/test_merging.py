@@ -306,15 +306,15 @@ def test_another_dtype(dtype, factor, base, tmp_path):
 
 
 @torch.no_grad()
-def round_to_4bit(folder: str, skip: tuple[str, ...] = ("lm_head",), **kind) -> PreTrainedModel:
+def round_to_4bit(folder: str, skip: tuple[str, ...] = ("lm_head",), device: str = "cpu", **kind) -> PreTrainedModel:
     """The base as QLoRA computes with it: each linear layer quantised and dequantised by bitsandbytes."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for name, module in model.named_modules():
         conv = type(module).__name__ == "Conv1D"
         if (isinstance(module, torch.nn.Linear) or conv) and not any(part in name for part in skip):
             weight = module.weight.t() if conv else module.weight
-            codes, state = bnb_functional.quantize_4bit(weight.contiguous(), blocksize=64, **kind)
-            rounded = bnb_functional.dequantize_4bit(codes, state)
+            codes, state = bnb_functional.quantize_4bit(weight.contiguous().to(device), blocksize=64, **kind)
+            rounded = bnb_functional.dequantize_4bit(codes, state).cpu()
             module.weight.copy_(rounded.t() if conv else rounded)
     return model
 
@@ -400,6 +400,27 @@ def test_base_in_4_bits_has_no_original_weights(base, quantized_base, tmp_path):
     with pytest.raises(ValueError, match=r"base_weights='original'.*stored in 4 bits.*base_weights='trained'"):
         merge_adapter(quantized_base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"use_dora": True, "use_rslora": True}])
+@pytest.mark.parametrize("base_weights", ["original", "trained"])
+def test_on_a_gpu(options, base_weights, base, tmp_path):
+    adapter = make_adapter(base(), tmp_path / "adapter", **options)
+    output = merge_adapter(
+        base(), adapter, tmp_path / "merged", base_weights=base_weights, device="cuda", progress=False
+    )
+    rounded = round_to_4bit(base(), device="cuda", quant_type="nf4", compress_statistics=True)
+    assert_merged(output, peft_model(base() if base_weights == "original" else rounded, adapter))
+    small = merge_adapter(base(), adapter, tmp_path / "small", save_4bit=True, device="cuda", progress=False)
+    expected = merge_adapter(base(), adapter, tmp_path / "wide", device="cuda", progress=False)
+    loaded, quantized = (
+        AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, device_map="cuda", dtype=torch.bfloat16
+        )
+        for folder, config in ((small, None), (expected, NF4))
+    )
+    assert torch.equal(loaded(input_ids=IDS.cuda()).logits, quantized(input_ids=IDS.cuda()).logits)
 
 
 class LiveBytes(TorchDispatchMode):
