@@ -44,6 +44,7 @@ COLUMNS = ("date", "claim", "value", "unit", "command", "hardware", "versions")
 
 
 def main() -> None:
+    """Load, train, and record what it took."""
     options = parse_arguments()
     # The config first: it makes the process group, and chooses the device.
     args = QLoRAFSDPConfig(
@@ -97,12 +98,15 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the options of this run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="where random weights are written")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path("checkpoints"), help="where random weights are written"
+    )
     parser.add_argument("--activation-offloading", action="store_true")
     parser.add_argument("--cpu-offload", action="store_true")
     parser.add_argument("--no-pin", action="store_true")
@@ -164,6 +168,7 @@ def write_checkpoint(folder: Path, shape: str) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that is never asked: the data are tokens already."""
     vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=[])),
@@ -197,20 +202,24 @@ def settings() -> list[str]:
 
 
 def drain() -> None:
+    """Wait until the device has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def reset_peak() -> None:
+    """Begin to measure the peak anew."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_bytes() -> int:
+    """Return the most that tensors took since."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def used_bytes() -> int:
+    """Return what the driver says is in use on the card."""
     if not torch.cuda.is_available():
         return 0
     free, total = torch.cuda.mem_get_info()

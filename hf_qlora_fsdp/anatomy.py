@@ -99,13 +99,12 @@ def plan_units(model: PreTrainedModel, class_names: list[str] | None = None) -> 
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     norm = _final_norm(model, next(iter(layers)))
-    first, last = names.get(id(embedding)), names.get(id(head))
+    first, last = names[id(embedding)], names.get(id(head))
     ends = [name for name in (norm, last) if name]
     units = [Unit(name, (name,), is_decoder_layer=True) for name in layers]
     if is_tied(model):
         return [Unit("embedding, norm and head", tuple(dict.fromkeys([first, *ends])), keep_gathered=True), *units]
-    if first:
-        units.insert(0, Unit("embedding", (first,)))
+    units.insert(0, Unit("embedding", (first,)))
     # Without a norm to gather it, the head is left to the root unit, which is gathered for the whole step.
     if norm:
         units.append(Unit("norm and head", tuple(ends), keep_gathered=True))

@@ -86,8 +86,9 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
         files, facts = manifest["files"], manifest["facts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{str(folder)!r} has no readable {MANIFEST} ({error}), so it was never finished or is not a checkpoint of this "
-            "package. Resume from another one; resume_from_checkpoint=True finds the newest that is whole."
+            f"{str(folder)!r} has no readable {MANIFEST} ({error}), so it was never finished or is not a "
+            "checkpoint of this package. Resume from another one; resume_from_checkpoint=True finds the newest that is "
+            "whole."
         ) from error
     for name, expected in files.items():
         path = folder / name
@@ -178,15 +179,16 @@ def check_continues(folder: str | os.PathLike[str], saved: Mapping[str, Any], no
     """
     if saved["base_checksum"] != now["base_checksum"]:
         raise ValueError(
-            f"{str(folder)!r} was trained on {saved['base_model']!r} (weights {saved['base_checksum']}), and the model now is "
-            f"{now['base_model']!r} (weights {now['base_checksum']}). An adapter fits only the weights it was trained on. "
-            "Pass the model, revision and quantisation of the checkpoint."
+            f"{str(folder)!r} was trained on {saved['base_model']!r} (weights {saved['base_checksum']}), and the "
+            f"model now is {now['base_model']!r} (weights {now['base_checksum']}). An adapter fits only the weights it "
+            "was trained on. Pass the model, revision and quantisation of the checkpoint."
         )
     for name in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora"):
         if saved[name] != now[name]:
             raise ValueError(
-                f"{str(folder)!r} was trained with {name}={saved[name]!r}, and peft_config now has {now[name]!r}. Its weights "
-                f"would not mean the same. Set {name}={saved[name]!r}, or start a new run in another output_dir."
+                f"{str(folder)!r} was trained with {name}={saved[name]!r}, and peft_config now has {now[name]!r}. "
+                f"Its weights would not mean the same. Set {name}={saved[name]!r}, or start a new run in another "
+                "output_dir."
             )
     return [
         f"{name}: {saved['versions'].get(name)} then, {version} now"
@@ -195,7 +197,7 @@ def check_continues(folder: str | os.PathLike[str], saved: Mapping[str, Any], no
     ]
 
 
-def base_checksum(model: nn.Module) -> str:
+def base_checksum(model: Any) -> str:
     """Return a checksum of all frozen weights, the same for any number of ranks. A collective; kept on the model.
 
     Each byte counts, weighted by the place of its tensor in the model: 4-bit codes and scales as they are trained

@@ -67,8 +67,8 @@ def check_fits(model: str, need: Need, device_type: str, available: dict[str, in
             continue
         owner = f"each of {need.world_size} cards" if place == "cuda" else f"the host, for {need.ranks_per_host} ranks,"
         raise ValueError(
-            f"{model!r} in 4 bits over {need.world_size} ranks needs {format_bytes(needed)} on {owner} while it loads, and "
-            f"{format_bytes(available[place])} are free. {_advice(place, need)}"
+            f"{model!r} in 4 bits over {need.world_size} ranks needs {format_bytes(needed)} on {owner} while it "
+            f"loads, and {format_bytes(available[place])} are free. {_advice(place, need)}"
         )
 
 

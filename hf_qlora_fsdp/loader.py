@@ -35,19 +35,18 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import AutoHfQuantizer
 
 from .adapters import check_peft_config, initialize_adapter, inject_adapter
-from .anatomy import Unit, build_meta_model, plan_units, refuse_fused_experts
+from .anatomy import Unit, plan_units
+from .blueprint import build_quantized_meta_model
 from .fitting import Need, available_bytes, check_fits
-from .packing import PackedLinear4bit, pack, quantize, repack
-from .ranks import fail_together, join_process_group, local_world_size, log_once, rank
+from .packing import PackedLinear4bit, pack, quantize
+from .ranks import fail_together, join_process_group, local_world_size, rank
 from .recipes import Recipe, plan_recipes
 from .sharding import (
     ShardingPolicy,
-    check_storage_dtype,
     float32_parameters,
     make_mesh,
     mesh_device,
@@ -122,7 +121,10 @@ def load_quantized_model(
     with fail_together(f"opening {model_id_or_path}"), torch.random.fork_rng(devices=[]):
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         kernels = {name: kwargs.pop(name) for name in ("use_kernels", "kernel_config") if name in kwargs}
-        model = _build(model_id_or_path, quantization_config, policy, hub, trust_remote_code, kwargs)
+        dtype = policy.param_dtype
+        model = build_quantized_meta_model(
+            model_id_or_path, quantization_config, dtype, trust_remote_code=trust_remote_code, hub=hub, **kwargs
+        )
         weights = Weights(find_weights(model_id_or_path, **hub))
         loading = _Loading(model, weights, plan_recipes(model, weights, key_mapping), policy, mesh)
         free = available_bytes(loading.device, with_swap=not policy.cpu_offload_pin_memory)
@@ -235,8 +237,8 @@ class _Loading:
                     source = rank() - my_rank + reader
                     dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=source, group=node)
                 _fill(module, leaf, tensor)
-        for (_, tied, tied_leaf), (_, source, source_leaf) in self.ties:
-            tied._parameters[tied_leaf] = source._parameters[source_leaf]
+        for (_, tied, tied_leaf), (_, original, original_leaf) in self.ties:
+            tied._parameters[tied_leaf] = original._parameters[original_leaf]
 
     def _read(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """Read one recipe's tensors and bring them into their final form on the device."""
@@ -269,83 +271,6 @@ class _Loading:
         self.report.largest_unit_bytes = max(self.report.largest_unit_bytes, num_bytes)
 
 
-def _build(
-    model_id_or_path: str,
-    quantization_config: BitsAndBytesConfig | None,
-    policy: ShardingPolicy,
-    hub: dict[str, Any],
-    trust_remote_code: bool,
-    overrides: dict[str, Any],
-) -> PreTrainedModel:
-    """Build the model on the meta device, with packed 4-bit layers where its weights will be quantised."""
-    build_options = {
-        name: overrides.pop(name) for name in ("attn_implementation", "experts_implementation") if name in overrides
-    }
-    try:
-        config, unknown = AutoConfig.from_pretrained(
-            model_id_or_path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **hub, **overrides
-        )
-    except (OSError, ValueError):
-        find_weights(model_id_or_path, **hub)  # says what is there instead of a model, e.g. an adapter
-        raise
-    if unknown:
-        raise ValueError(
-            f"{sorted(unknown)} is neither an option of load_quantized_model nor a value of {type(config).__name__}. "
-            "It would have no effect. Leave it out or correct its name."
-        )
-    stored = getattr(config, "quantization_config", None)
-    quantization = _resolve_quantization(stored, quantization_config, policy.param_dtype)
-    model = build_meta_model(config, policy.param_dtype, trust_remote_code=trust_remote_code, **build_options)
-    refuse_fused_experts(model)
-    model.config.name_or_path = model_id_or_path
-    model.config.quantization_config = quantization
-    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=stored is not None)
-    quantizer.preprocess_model(model=model, device_map=None, dtype=policy.param_dtype)
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "source_cls"):
-            packed = repack(module, compute_dtype=policy.param_dtype, storage_dtype=policy.param_dtype)
-            model.set_submodule(name, packed)
-    for parameter in float32_parameters(model, policy.param_dtype):
-        parameter.data = parameter.data.float()
-    model.requires_grad_(False)
-    model.hf_quantizer = quantizer
-    model.is_loaded_in_4bit = True
-    return model
-
-
-def _resolve_quantization(
-    stored: Any, given: BitsAndBytesConfig | None, param_dtype: torch.dtype
-) -> BitsAndBytesConfig:
-    """Settle how the weights are quantised: as they are stored, else as asked, else NF4 with double quantisation."""
-    if given is not None and (not isinstance(given, BitsAndBytesConfig) or not given.load_in_4bit):
-        raise ValueError(
-            f"quantization_config={type(given).__name__}"
-            f"{'(load_in_8bit=True)' if getattr(given, 'load_in_8bit', False) else ''}: only 4-bit weights of "
-            "bitsandbytes are sharded and trained here. Pass BitsAndBytesConfig(load_in_4bit=True)."
-        )
-    if given is not None:
-        check_storage_dtype(given.bnb_4bit_quant_storage, param_dtype)
-    if stored is not None:
-        fields = stored if isinstance(stored, dict) else stored.to_dict()
-        if not fields.get("load_in_4bit"):
-            raise ValueError(
-                f"The checkpoint is quantised by {fields.get('quant_method')!r}"
-                f"{' to 8 bits' if fields.get('load_in_8bit') else ''}, and only 4-bit weights of bitsandbytes are "
-                "sharded and trained here. Load the 16-bit checkpoint instead; it is quantised while it is read."
-            )
-        if given is not None:
-            log_once("The checkpoint is already quantised: its own quantization_config is used, not the one given.")
-        settled = BitsAndBytesConfig.from_dict(fields)
-    else:
-        settled = given or BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-        )
-    settled = BitsAndBytesConfig.from_dict(settled.to_dict())
-    settled.bnb_4bit_compute_dtype = param_dtype
-    settled.bnb_4bit_quant_storage = param_dtype
-    return settled
-
-
 def _take_over(
     codes: torch.Tensor, scales: dict[str, torch.Tensor], module: PackedLinear4bit, dtype: torch.dtype, device: Any
 ) -> torch.Tensor:
@@ -368,7 +293,7 @@ def _fill(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
     elif isinstance(module, PackedLinear4bit) and leaf == "weight":
         module.set_packed(tensor)
     else:
-        trained = module._parameters[leaf].requires_grad
+        trained = getattr(module, leaf).requires_grad
         setattr(module, leaf, nn.Parameter(tensor.float() if trained else tensor, requires_grad=trained))
 
 

@@ -28,6 +28,7 @@ import copy
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
@@ -247,8 +248,9 @@ class PackedLinear4bit(bnb.nn.Linear4bit):
 
     def label_weight(self) -> None:
         """Tell PEFT, which asks the weight and not the layer, how it is quantised."""
-        self.weight.compress_statistics = self.layout.double_quant
-        self.weight.quant_type = self.layout.quant_type
+        weight: Any = self.weight
+        weight.compress_statistics = self.layout.double_quant
+        weight.quant_type = self.layout.quant_type
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)

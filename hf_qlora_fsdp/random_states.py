@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ FILE = "random_states.safetensors"
 
 def save_random_states(folder: Path) -> None:
     """Write the states of every rank. A collective; rank 0 writes."""
-    gathered: list[tuple | None] = [None] * dist.get_world_size()
+    gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, _collect())
     if dist.get_rank() == 0:
-        tensors, values = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        values: dict[str, str] = {}
         for rank, (states, rest) in enumerate(gathered):
             tensors |= {f"{rank}.{name}": state for name, state in states.items()}
             values[str(rank)] = json.dumps(rest)
@@ -55,6 +57,7 @@ def load_random_states(folder: Path) -> bool:
 def _collect() -> tuple[dict[str, torch.Tensor], list]:
     """Return this rank's states: the arrays as tensors, the few numbers besides as a list."""
     version, internal, gauss_next = random.getstate()
+    keys: Any  # numpy says that it may be text, which it is not for its standard generator
     _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
     states = {
         "torch": torch.get_rng_state(),

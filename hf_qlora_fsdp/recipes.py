@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -202,7 +203,7 @@ class _Shapes:
 
 def _convert(recipe: Recipe, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
     assert recipe.converter is not None and recipe.shapes is not None
-    converter = copy.deepcopy(recipe.converter)
+    converter: Any = copy.deepcopy(recipe.converter)  # is annotated to take futures, and takes tensors too
     for pattern, names in recipe.sources.items():
         for name in names:
             converter.add_tensor(recipe.targets[0], name, pattern, read(name))

@@ -67,7 +67,9 @@ class ResumableTrainer(SFTTrainer):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
         """Train, from a checkpoint if one is named, or with `True` from the newest whole one if there is any.
 
         Raises:
@@ -76,7 +78,7 @@ class ResumableTrainer(SFTTrainer):
         """
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         try:
-            output = super().train(resume_from_checkpoint=checkpoint, **options)
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.preemption.release()
         if self.preemption.preempted:
@@ -182,7 +184,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         log_once("Loading the best adapter, from %s.", self.state.best_model_checkpoint)
-        load_adapter(self.model, self.state.best_model_checkpoint)
+        load_adapter(self.model, str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -243,8 +245,8 @@ class ResumableTrainer(SFTTrainer):
         then, now = saved["sequences_per_step"], facts["sequences_per_step"]
         if then != now and not self.args.ignore_data_skip:
             raise ValueError(
-                f"{checkpoint!r} was trained with {then} sequences a step ({saved['world_size']} ranks), and this run has {now} "
-                f"({facts['world_size']} ranks), so the place in the data cannot be counted in steps. Set "
+                f"{checkpoint!r} was trained with {then} sequences a step ({saved['world_size']} ranks), and this run "
+                f"has {now} ({facts['world_size']} ranks), so the place in the data cannot be counted in steps. Set "
                 "per_device_train_batch_size and gradient_accumulation_steps so that their product with the number of "
                 "ranks is the same, or ignore_data_skip=True to start over in the data."
             )
@@ -253,7 +255,7 @@ class ResumableTrainer(SFTTrainer):
         base = base_model(self.model)
         return describe_run(
             self.model,
-            base_model=base.config.name_or_path,
+            base_model=str(base.config.name_or_path),
             revision=getattr(base.config, "_commit_hash", None),
             peft_config=self.model.peft_config[self.model.active_adapter],
             sequences_per_step=self.args.train_batch_size

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,12 +64,10 @@ class ShardingPolicy:
     def class_names(self) -> list[str] | None:
         return list(self.transformer_layer_cls_to_wrap) if self.transformer_layer_cls_to_wrap else None
 
-    def fully_shard(
-        self, module: nn.Module | list[nn.Module], mesh: DeviceMesh, ignored: set[nn.Parameter], **changes: object
-    ) -> None:
-        """Call `torch.distributed.fsdp.fully_shard` with this policy."""
+    def fully_shard(self, module: Any, mesh: DeviceMesh, ignored: set[nn.Parameter], **changes: Any) -> None:
+        """Call `torch.distributed.fsdp.fully_shard` on a module or a list of modules with this policy."""
         offload = CPUOffloadPolicy(pin_memory=self._can_pin(mesh)) if self.cpu_offload else OffloadPolicy()
-        options: dict[str, object] = {
+        options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=torch.float32),
             "offload_policy": offload,
@@ -192,7 +191,7 @@ def check_sharded(model: nn.Module, policy: ShardingPolicy) -> None:
             raise ShardingError(f"Rank {dist.get_rank()} holds more than its share of {name}.")
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: Any) -> PreTrainedModel:
     """Return the transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -139,8 +139,9 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             )
             if peft_config.use_dora:
                 raise ValueError(
-                    "peft_config has use_dora=True, but the model is sharded already, and DoRA's magnitudes are taken from "
-                    "whole weights. Give peft_config to load_quantized_model, or pass the model's name or folder."
+                    "peft_config has use_dora=True, but the model is sharded already, and DoRA's magnitudes are "
+                    "taken from whole weights. Give peft_config to load_quantized_model, or pass the model's name or "
+                    "folder."
                 )
             model = inject_adapter(model, peft_config)
             initialize_adapter(model, peft_config, mesh_device(mesh))

@@ -49,7 +49,7 @@ def test_what_fits_to_the_byte_is_let_through():
 )
 def test_advice_is_about_the_place_that_is_short(changes, place, advice):
     plenty = {"cuda": 1000 * GIB, "host": 1000 * GIB}
-    with pytest.raises(ValueError, match="'m' in 4 bits over 2 ranks needs .* are free") as error:
+    with pytest.raises(ValueError, match=r"'m' in 4 bits over 2 ranks needs .* are free") as error:
         check_fits("m", need(**changes), "cuda", plenty | {place: GIB // 4})
     assert advice in str(error.value)
 

@@ -18,9 +18,11 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 LAYERS = [
     {"errors", "units", "orders"},
     {"ranks"},
-    {"anatomy", "checkpoints", "compat", "fitting", "kernels", "packing", "random_states", "shards", "translation", "watch", "weights"},
+    {"anatomy", "checkpoints", "compat", "fitting", "kernels", "packing", "random_states", "shards"}
+    | {"translation", "watch", "weights"},
     {"adapters", "config", "lora_math", "merge_folder", "planner", "recipes", "summary"},
     {"experts", "merge_plan", "sharding"},
+    {"blueprint"},
     {"loader", "export", "inputs", "merging"},
     {"resuming", "checking"},
     {"trainer"},

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, conversion_mapping
 from transformers.core_model_loading import Concatenate, Split, WeightConverter, WeightRenaming
 
-from hf_qlora_fsdp.loader import _build
+from hf_qlora_fsdp.blueprint import build_quantized_meta_model
 from hf_qlora_fsdp.packing import PackedLinear4bit
 from hf_qlora_fsdp.recipes import logical_shape, plan_recipes
-from hf_qlora_fsdp.sharding import ShardingPolicy
 from hf_qlora_fsdp.weights import Weights
 from tests.tiny import make_checkpoint
 
@@ -39,7 +38,7 @@ class Checkpoint:
         self.tensors = {name.replace(old, new): tensor for name, tensor in self.tensors.items()}
 
     def build(self) -> PreTrainedModel:
-        return _build(self.folder, None, ShardingPolicy(), {}, False, {})
+        return build_quantized_meta_model(self.folder, None, torch.bfloat16, hub={})
 
     def realize(self, key_mapping: dict[str, str] | None = None) -> Tensors:
         save_file(self.tensors, self.file)

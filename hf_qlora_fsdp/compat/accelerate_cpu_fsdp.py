@@ -11,7 +11,7 @@ from . import Patch
 
 
 def _build(original: Callable) -> Callable:
-    def __init__(self, *args, fsdp_plugin=None, **kwargs):  # noqa: N807
+    def __init__(self, *args, fsdp_plugin=None, **kwargs):
         from accelerate import PartialState
         from accelerate.utils import DistributedType
 
