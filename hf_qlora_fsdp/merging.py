@@ -12,12 +12,14 @@ tensors pass by one at a time and are written as they come (`shards.py`), so in 
 
 and never a shard, let alone the model. Tensors that nothing happens to keep their bytes.
 
-**Which base?** QLoRA trains an adapter against weights that were rounded to 4 bits, and it learns to undo some of that
-rounding. Two bases are therefore right, each in its own way:
+**Which base?** QLoRA trains an adapter against weights that were rounded to 4 bits. Two bases are therefore right, each
+in its own way:
 
-* `"original"`: the 16-bit weights. The better base; the adapter's corrections of the rounding miss their mark.
+* `"original"`: the 16-bit weights, without that rounding. A model that was never evaluated in training.
 * `"trained"`: the weights rounded to 4 bits and back, exactly those that the adapter saw. The merged model answers as
   the trained one did. Only what was quantised in training is rounded: never embeddings, head or norms.
+
+Which is the better one differs from run to run; how near each is to the trained model is in `benchmarks/merge.csv`.
 
 **Tied weights** stay tied as long as both get the same. An adapter that changes the head alone, or the embedding alone,
 unties them: both are written, and the config says so.

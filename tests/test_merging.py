@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from hf_qlora_fsdp import lora_math, merge_adapter
-from hf_qlora_fsdp.cli import main
+from hf_qlora_fsdp.cli import WHICH_BASE, main
 from hf_qlora_fsdp.shards import ShardWriter
 from hf_qlora_fsdp.weights import Weights, find_weights
 from tests.test_weights import cache_as_hub_would
@@ -706,12 +707,40 @@ def test_experts_cannot_be_taken_apart_again(base, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+def test_help_quotes_the_measured_figures():
+    with (ROOT / "benchmarks" / "merge.csv").open(newline="") as stream:
+        rows = {row["claim"]: row for row in csv.DictReader(stream)}  # the latest of each claim
+    lines = {line.split()[0]: line.split() for line in WHICH_BASE.splitlines() if " +- " in line}
+    assert set(lines) == {"original", "trained"}
+    for base_weights, words in lines.items():
+        names = ("loss", "loss above that of the trained model", "standard error of that")
+        names += ("how far a token's log-probability is from the trained model's",)
+        figures = [rows[f"merged onto {base_weights}: {name}"]["value"] for name in names]
+        assert [word for word in words[1:] if word != "+-"] == figures
+    row = rows["trained: 4-bit base and adapter: loss"]
+    assert f"own loss is {row['value']}" in WHICH_BASE and row["date"] in WHICH_BASE
+    assert all(package.partition("==")[2].partition("+")[0] in WHICH_BASE for package in row["versions"].split())
+
+
 def test_command_line(base, tmp_path, capsys):
     adapter = make_adapter(base(), tmp_path / "adapter", target_modules=["q_proj"])
     arguments = ["merge", base(), adapter, str(tmp_path / "merged"), "--base-weights", "trained", "--dtype", "float32"]
-    assert main(arguments) == 0
+    quantization = ["--quant-type", "fp4", "--no-double-quant", "--skip-modules", "lm_head", "up_proj"]
+    assert main([*arguments, *quantization, "--compute-dtype", "float16"]) == 0
     assert "from_pretrained" in capsys.readouterr().out
-    written = merge_adapter(base(), adapter, tmp_path / "same", base_weights="trained", dtype="float32", progress=False)
+    written = merge_adapter(
+        base(),
+        adapter,
+        tmp_path / "same",
+        base_weights="trained",
+        dtype="float32",
+        quant_type="fp4",
+        double_quant=False,
+        skip_modules=["lm_head", "up_proj"],
+        compute_dtype="float16",
+        progress=False,
+    )
+    assert (written / "merge.json").read_bytes() == (tmp_path / "merged" / "merge.json").read_bytes()
     assert not changed(str(written), tmp_path / "merged")
     assert main(["merge", base(), str(tmp_path / "nowhere"), str(tmp_path / "other")]) == 1
     assert "nowhere' is no folder" in capsys.readouterr().err
