@@ -4,10 +4,10 @@ The demo must show learning, not recall, so two things are kept apart here:
 
 * **Closed words** are the same everywhere, because the schema defines them: weekdays, numbers, the keys.
 * **Open words**, which are people, towns, goods and every sentence pattern, come from two disjoint lists. What the
-  held-out orders are made of, training has never seen; a test holds the lists against each other. The
-  lists of training are long, since of few words a small model would learn the list instead of learning to copy. Held-out
-  words that begin a JSON string are mostly such as the tokenizer spells alike after a space and after a quote: the task
-  is to understand orders, not to spell.
+  held-out orders are made of, training has never seen; a test holds the lists against each other. The lists of
+  training are long, since of few words a small model would learn the list instead of learning to copy. Held-out words
+  that begin a JSON string are mostly such as the tokenizer spells alike after a space and after a quote: the task is
+  to understand orders, not to spell.
 
 An order is a handful of sentences in any sequence: who orders, several goods with quantities in digits or in words,
 where and on what day, whether it is a gift, and one that only distracts (other people, other goods, other numbers).
