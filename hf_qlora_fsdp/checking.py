@@ -27,9 +27,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from .adapter_edits import ADAPTER_CONFIG, Adapter, refuse_unmergeable
 from .anatomy import build_meta_model
 from .export import OPTIMIZER_TENSORS, OPTIMIZER_VALUES
-from .lora_math import ADAPTER_CONFIG, Adapter, refuse_unmergeable
 from .weights import Weights
 
 MANIFEST = "manifest.json"

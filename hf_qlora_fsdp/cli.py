@@ -15,10 +15,10 @@ which base:
   trained    the weights that the adapter was trained on, quantised and dequantised as in training. Take it where the
              merged model shall answer as the trained one did when it was evaluated. Say how the base was quantised if
              that was not by default.
-  original   the base's own weights, without the rounding that the adapter was trained on top of. Take it to quantise the
-             merged model in another way, or to go on training in 16 bits, and evaluate what you get.
+  original   the base's own weights, without the rounding that the adapter was trained on top of. Take it to quantise
+             the merged model in another way, or to go on training in 16 bits, and evaluate what you get.
 
-  measured   held-out loss (nats a token)    above the trained model's    distance of a token's log-probability from it
+  measured   held-out loss (nats a token)    above the trained model's    distance of a token's log-probability
   trained    0.0502                          0.0002 +- 0.0002             0.0029
   original   0.0508                          0.0009 +- 0.0022             0.0335
   The trained model's own loss is 0.0500. SmolLM2-135M on 192 held-out orders of the demo, 2026-11-22, torch 2.13.0,
@@ -87,7 +87,7 @@ def _add_merge(commands: Any) -> None:
     )
     merge.add_argument("--save-4bit", action="store_true", help="write a checkpoint in 4 bits, as bitsandbytes does")
     merge.add_argument(
-        "--quant-type", choices=("nf4", "fp4"), default="nf4", help="in training and output (%(default)s)"
+        "--quant-type", choices=("nf4", "fp4"), default="nf4", help="in training, in the output (%(default)s)"
     )
     merge.add_argument("--no-double-quant", action="store_true", help="the block scales were, and will be, in float32")
     merge.add_argument("--skip-modules", nargs="*", metavar="NAME", help="left in 16 bits (default: the head)")

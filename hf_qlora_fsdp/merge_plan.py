@@ -20,8 +20,9 @@ import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from .adapter_edits import Adapter
 from .anatomy import build_meta_model, is_tied, keep_in_float32
-from .lora_math import Adapter, Edit, same_effect
+from .lora_math import Edit, same_effect
 from .packing import PackedLinear4bit, repack
 from .ranks import log_once
 from .recipes import Recipe, logical_shape, plan_recipes

@@ -42,7 +42,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from .lora_math import Adapter, apply_edit
+from .adapter_edits import Adapter
+from .lora_math import apply_edit
 from .merge_folder import ADAPTER_HUB, MergeFolder, fingerprint_checkpoint, hash_files
 from .merge_plan import MergeOptions, MergePlan, Slot
 from .packing import PackedLayout, dequantize, pack, quantize

@@ -18,9 +18,9 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 LAYERS = [
     {"errors", "units", "orders"},
     {"ranks"},
-    {"anatomy", "checkpoints", "compat", "fitting", "kernels", "packing", "random_states", "shards"}
+    {"anatomy", "checkpoints", "compat", "fitting", "kernels", "lora_math", "packing", "random_states", "shards"}
     | {"translation", "watch", "weights"},
-    {"adapters", "config", "lora_math", "merge_folder", "planner", "recipes", "summary"},
+    {"adapter_edits", "adapters", "config", "merge_folder", "planner", "recipes", "summary"},
     {"experts", "merge_plan", "sharding"},
     {"blueprint"},
     {"loader", "export", "inputs", "merging"},
