@@ -66,7 +66,7 @@ def check_exportable(model: PeftModel) -> None:
             f"No parameter of the {type(model).__name__} is trainable, so its adapter would be empty. Was the adapter "
             "frozen or merged? Pass is_trainable=True to PeftModel.from_pretrained."
         )
-    written = sum(len(_adapter_names(model, name)) for name in _trained_adapters(model))
+    written = sum(len(_adapter_names(model, name)) for name in trained_adapters(model))
     if written != len(trained):
         raise EmptyAdapterError(
             f"{len(trained)} tensors are trained, but PEFT would write {written} of them: it does not recognise names "
@@ -91,9 +91,15 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
             model.save_pretrained(
                 str(folder),
                 state_dict=state,
-                selected_adapters=_trained_adapters(model),
+                selected_adapters=trained_adapters(model),
                 save_embedding_layers=False,
             )
+
+
+def load_adapters(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+    """Read back all that `save_adapter` has written: `"default"` from the top, others from folders of their own."""
+    for name in trained_adapters(model):
+        load_adapter(model, folder if name == "default" else Path(folder) / name, name)
 
 
 def load_adapter(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -171,13 +177,19 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
             )
         for group, stored in zip(optimizer.param_groups, described["param_groups"], strict=True):
             group.update({key: _like(group.get(key), value) for key, value in stored.items() if key != "params"})
+        # Fused optimizers count their steps on the device, as `torch.optim.Optimizer.load_state_dict` knows.
+        fused = [group for group in optimizer.param_groups if group.get("fused") or group.get("capturable")]
+        on_device = {id(parameter) for group in fused for parameter in group["params"]}
         for full_name, value in described["state"].items():
             name, _, key = full_name.rpartition("::")
             optimizer.state[parameters[name]][key] = value
         with safe_open(Path(folder) / OPTIMIZER_TENSORS, framework="pt") as handle:
             for full_name in handle.keys():  # noqa: SIM118, a handle is no mapping
                 name, _, key = full_name.rpartition("::")
-                optimizer.state[parameters[name]][key] = _cut_like(handle.get_tensor(full_name), parameters[name])
+                value = _cut_like(handle.get_tensor(full_name), parameters[name])
+                if id(parameters[name]) in on_device:
+                    value = value.to(parameters[name].device)
+                optimizer.state[parameters[name]][key] = value
 
 
 def _gather(tensors: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -206,7 +218,8 @@ def _cut_like(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _trained_adapters(model: PeftModel) -> list[str]:
+def trained_adapters(model: PeftModel) -> list[str]:
+    """Return the names of the adapters that have trainable parameters."""
     parts = {part for name in trainable_parameters(model) for part in name.split(".")}
     return [name for name in model.peft_config if name in parts]
 

@@ -555,7 +555,7 @@ def test_launchers(tmp_path, launcher, expected):
     subprocess.run(
         [sys.executable, "-m", *launcher, "script.py", str(tmp_path), "said.json"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": root},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
         check=True,
         timeout=120,
     )

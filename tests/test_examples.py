@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.write_text("\n".join(json.dumps(row) for row in tiny_dataset(16, "conversational")))
     (folder / "twin.py").write_text(make_twin())
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["PYTHONPATH"] = str(EXAMPLE.parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([str(EXAMPLE.parent.parent), os.environ.get("PYTHONPATH", "")])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--model", str(folder / "model"), "--dataset", str(rows), *OPTIONS]
     commands = {

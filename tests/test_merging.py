@@ -417,7 +417,7 @@ def test_on_a_gpu(options, base_weights, base, tmp_path):
     expected = merge_adapter(base(), adapter, tmp_path / "wide", device="cuda", progress=False)
     loaded, quantized = (
         AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=config, device_map="cuda", dtype=torch.bfloat16
+            folder, device_map="cuda", dtype=torch.bfloat16, **({"quantization_config": config} if config else {})
         )
         for folder, config in ((small, None), (expected, NF4))
     )

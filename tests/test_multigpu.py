@@ -81,18 +81,28 @@ def sharded_gradients(rank: int, folder: str) -> tuple[dict[str, torch.Tensor], 
     return training.adapter_of(model), gradients
 
 
+def dense_model(folder: str, dtype: torch.dtype) -> Any:
+    """Return a plain model with the weights that the sharded one multiplies with, whole and in `dtype`.
+
+    They are dequantised to bfloat16 first. For few tokens, bitsandbytes' own layer multiplies without that rounding,
+    in a fused kernel, so it is no reference for what the rest of the arithmetic may cost.
+    """
+    model = training.plain_model(folder, torch.bfloat16, "cuda:0").dequantize()
+    return model.float() if dtype == torch.float32 else model
+
+
 def plain_gradients(
     rank: int, folder: str, adapter: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     from peft import LoraConfig, get_peft_model
 
-    plain = training.plain_model(folder, dtype, "cuda:0")
+    plain = dense_model(folder, dtype)
     plain.set_attn_implementation("eager")
     model = get_peft_model(plain, LoraConfig(**training.LORA))
     training.fill_adapter(model, {name: value.to("cuda:0") for name, value in adapter.items()})
-    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        loss = mean_loss(model, rows("cuda:0"), 2)
-    loss.backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    mean_loss(model, rows("cuda:0"), 2).backward()
     return {name.replace(".default.", "."): p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -145,7 +155,8 @@ def train_specs(rank: int, folder: str, out: str) -> dict[str, training.Run]:
 
 def train_plain(rank: int, folder: str, out: str, first: dict[str, torch.Tensor], dtype: torch.dtype) -> training.Run:
     changes = {"folder": out, **BASE, "per_device_train_batch_size": 2, "model_init_kwargs": None}
-    trainer = training.stock(folder, training.equal_rows(8), changes, dtype, device="cuda:0")
+    dense = dense_model(folder, dtype)
+    trainer = training.stock(folder, training.equal_rows(8), changes, dtype, device="cuda:0", model=dense)
     training.fill_adapter(trainer.model, {name: value.to("cuda:0") for name, value in first.items()})
     return training.run(trainer)
 

@@ -47,7 +47,7 @@ def test_script_trains_and_its_adapter_loads(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         check=True,
         timeout=240,
     )

@@ -84,16 +84,17 @@ def stock(
     dtype: torch.dtype,
     peft: dict[str, Any] | None = None,
     device: str = "cpu",
+    model: Any = None,
     **named: Any,
 ) -> Any:
-    """Make a plain `SFTTrainer` with float32 masters on a plain 4-bit model."""
+    """Make a plain `SFTTrainer` with float32 masters on a plain 4-bit model, or on the model given."""
     from peft import LoraConfig
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)  # or accelerate would wrap the model in DDP; the pool puts them back
-    model = plain_model(folder, dtype, device)
+    model = model or plain_model(folder, dtype, device)
     args = SFTConfig(**arguments(**{"bf16": dtype == torch.bfloat16} | changes))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     trainer = SFTTrainer(
