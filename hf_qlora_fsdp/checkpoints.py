@@ -102,6 +102,28 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return facts
 
 
+def prune(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beside the newest one, by the time they were written.
+
+    By time and not by step: after a damaged checkpoint was passed over, or an older one was asked for, higher steps
+    are older. Each is renamed before it is removed, so that no half of it keeps a checkpoint's name.
+
+    Args:
+        newest (`Path`): The checkpoint that has just been written. It stays.
+        limit (`int`, *optional*): How many to keep.
+        best (`str`, *optional*): One that stays, whatever its age.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {newest.name, Path(best).name if best else newest.name}
+    others = [path for path in newest.parent.iterdir() if _CHECKPOINT_NAME.match(path.name) and path.name not in kept]
+    others.sort(key=lambda path: path.stat().st_mtime_ns)
+    for path in others[: max(0, len(others) - max(0, limit - len(kept)))]:
+        aside = path.with_name(f"{STAGING_PREFIX}pruned-{path.name}")
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+
+
 def newest_valid(output_dir: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     """Find the checkpoint with the highest step whose files are all as they were saved.
 
@@ -139,7 +161,12 @@ def clear_leftovers(output_dir: str | os.PathLike[str]) -> list[str]:
 
 
 def describe_run(
-    model: nn.Module, *, base_model: str, revision: str | None, peft_config: Any, sequences_per_step: int
+    model: nn.Module,
+    *,
+    base_model: str,
+    revision: str | None,
+    peft_configs: Mapping[str, Any],
+    sequences_per_step: int,
 ) -> dict[str, Any]:
     """Collect what a checkpoint belongs to. A collective, on the first call for a model.
 
@@ -147,20 +174,14 @@ def describe_run(
         model (`nn.Module`): The sharded model.
         base_model (`str`): Its name or folder.
         revision (`str`, *optional*): Its commit on the Hub.
-        peft_config (`LoraConfig`): What is trained.
+        peft_configs (`Mapping[str, LoraConfig]`): The adapters that are trained, by name.
         sequences_per_step (`int`): Batch size times accumulation times ranks.
     """
-    targets = peft_config.target_modules
     return {
         "base_model": base_model,
         "revision": revision,
         "base_checksum": base_checksum(model),
-        "r": peft_config.r,
-        "lora_alpha": peft_config.lora_alpha,
-        "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
-        "modules_to_save": sorted(peft_config.modules_to_save or []),
-        "use_dora": peft_config.use_dora,
-        "use_rslora": peft_config.use_rslora,
+        "adapters": {name: _describe_adapter(config) for name, config in peft_configs.items()},
         "sequences_per_step": sequences_per_step,
         "world_size": dist.get_world_size(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -183,13 +204,21 @@ def check_continues(folder: str | os.PathLike[str], saved: Mapping[str, Any], no
             f"model now is {now['base_model']!r} (weights {now['base_checksum']}). An adapter fits only the weights it "
             "was trained on. Pass the model, revision and quantisation of the checkpoint."
         )
-    for name in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora"):
-        if saved[name] != now[name]:
-            raise ValueError(
-                f"{str(folder)!r} was trained with {name}={saved[name]!r}, and peft_config now has {now[name]!r}. "
-                f"Its weights would not mean the same. Set {name}={saved[name]!r}, or start a new run in another "
-                "output_dir."
-            )
+    if set(saved["adapters"]) != set(now["adapters"]):
+        raise ValueError(
+            f"{str(folder)!r} holds the adapters {sorted(saved['adapters'])}, and the model now trains "
+            f"{sorted(now['adapters'])}. Give the model the adapters of the checkpoint, or start a new run in another "
+            "output_dir."
+        )
+    for adapter, config in saved["adapters"].items():
+        for name, value in config.items():
+            given = now["adapters"][adapter].get(name)
+            if value != given:
+                raise ValueError(
+                    f"{str(folder)!r} was trained with {name}={value!r}, and peft_config now has {given!r} (adapter "
+                    f"{adapter!r}). Its weights would not mean the same. Set {name}={value!r}, or start a new run in "
+                    "another output_dir."
+                )
     return [
         f"{name}: {saved['versions'].get(name)} then, {version} now"
         for name, version in now["versions"].items()
@@ -215,6 +244,20 @@ def base_checksum(model: Any) -> str:
         dist.all_gather_object(totals, total)
         model._base_checksum = f"{sum(totals) % (1 << 64):016x}"
     return model._base_checksum
+
+
+def _describe_adapter(config: Any) -> dict[str, Any]:
+    targets = config.target_modules
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
+        "modules_to_save": sorted(config.modules_to_save or []),
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+    }
 
 
 def _version(package: str) -> str:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .ranks import fail_together
+
 FILE = "random_states.safetensors"
 
 
@@ -24,13 +26,14 @@ def save_random_states(folder: Path) -> None:
     """Write the states of every rank. A collective; rank 0 writes."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, _collect())
-    if dist.get_rank() == 0:
-        tensors: dict[str, torch.Tensor] = {}
-        values: dict[str, str] = {}
-        for rank, (states, rest) in enumerate(gathered):
-            tensors |= {f"{rank}.{name}": state for name, state in states.items()}
-            values[str(rank)] = json.dumps(rest)
-        save_file(tensors, folder / FILE, metadata=values)
+    with fail_together(f"saving {FILE}"):
+        if dist.get_rank() == 0:
+            tensors: dict[str, torch.Tensor] = {}
+            values: dict[str, str] = {}
+            for rank, (states, rest) in enumerate(gathered):
+                tensors |= {f"{rank}.{name}": state for name, state in states.items()}
+                values[str(rank)] = json.dumps(rest)
+            save_file(tensors, folder / FILE, metadata=values)
 
 
 def load_random_states(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from .checkpoints import (
@@ -33,11 +33,12 @@ from .checkpoints import (
     clear_leftovers,
     describe_run,
     newest_valid,
+    prune,
     publish,
     seal,
     verify,
 )
-from .export import load_adapter, load_optimizer, save_adapter, save_optimizer, synchronize
+from .export import load_adapters, load_optimizer, save_adapter, save_optimizer, synchronize, trained_adapters
 from .random_states import load_random_states, save_random_states
 from .ranks import fail_together, log_once, rank
 from .sharding import base_model
@@ -82,20 +83,29 @@ class ResumableTrainer(SFTTrainer):
         finally:
             self.preemption.release()
         if self.preemption.preempted:
+            synchronize()  # a launcher ends the others as soon as the first one is gone
             raise SystemExit(EXIT_PREEMPTED)
         return output
 
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        if self.preemption.preempted:
+            # Nothing is final: upstream would load the best adapter and, with save_total_limit=1, remove the
+            # checkpoint that has just been saved to go on from.
+            self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.gradient_watch.loss = loss
+        if self.accelerator.scaler is None:
+            self.gradient_watch.observe(loss)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once before each optimizer step, whether gradients are clipped or not."""
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:  # float16: infinite gradients are the loss scaler's daily work
-            last = self._last_checkpoint()
-            self.gradient_watch.examine(model, norm, self.state.global_step + 1, last)
+            step = self.state.global_step + 1
+            self.gradient_watch.examine(model, norm, step, lambda: newest_valid(self.args.output_dir)[0])
         return norm
 
     # -- saving ------------------------------------------------------------------------------------------------------
@@ -123,10 +133,17 @@ class ResumableTrainer(SFTTrainer):
                 staging = run_dir / f"{STAGING_PREFIX}{final.name}"
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
+                self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
         self._staging = run_dir / f"{STAGING_PREFIX}{final.name}"
         try:
-            super()._save_checkpoint(model, trial)
-            with fail_together(f"finishing {final}"):
+            failure = None
+            try:
+                super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's own adds the model card, see above
+            except Exception as error:
+                failure = error  # what upstream writes by itself fails on rank 0 alone
+            with fail_together(f"saving {final}"):
+                if failure is not None:
+                    raise failure
                 if rank() == 0:
                     self._finish_checkpoint(self._staging / final.name, final, facts)
         except BaseException:
@@ -148,12 +165,7 @@ class ResumableTrainer(SFTTrainer):
         seal(written, facts)
         publish(written, final)
         written.parent.rmdir()
-        rotate_checkpoints(
-            output_dir=str(final.parent),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=False,
-        )
+        prune(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -180,11 +192,11 @@ class ResumableTrainer(SFTTrainer):
     # -- resuming ----------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adapter(model or self.model, resume_from_checkpoint)
+        load_adapters(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         log_once("Loading the best adapter, from %s.", self.state.best_model_checkpoint)
-        load_adapter(self.model, str(self.state.best_model_checkpoint))
+        load_adapters(self.model, str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -257,13 +269,8 @@ class ResumableTrainer(SFTTrainer):
             self.model,
             base_model=str(base.config.name_or_path),
             revision=getattr(base.config, "_commit_hash", None),
-            peft_config=self.model.peft_config[self.model.active_adapter],
+            peft_configs={name: self.model.peft_config[name] for name in trained_adapters(self.model)},
             sequences_per_step=self.args.train_batch_size
             * self.args.gradient_accumulation_steps
             * dist.get_world_size(),
         )
-
-    def _last_checkpoint(self) -> str | None:
-        folder = Path(self.args.output_dir)
-        saved = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-        return str(max(saved, key=lambda path: int(path.name.split("-")[-1]))) if saved else None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -54,6 +55,14 @@ class PreemptionCallback(TrainerCallback):
             self.preempted = control.should_save = control.should_training_stop = True
             name = signal.Signals(int(flag.item())).name
             log_once("%s received: saving after step %d and stopping.", name, state.global_step)
+            self._leave_out_evaluation(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.preempted:  # the step's end has saved already
+            control.should_save = False
+            self._leave_out_evaluation(control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,6 +74,11 @@ class PreemptionCallback(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+    def _leave_out_evaluation(self, control: TrainerControl) -> None:
+        if control.should_evaluate:  # it would come before the saving, and little time is left
+            log_once("The evaluation that was due now is left out.")
+            control.should_evaluate = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -82,28 +96,35 @@ class GradientWatch:
         self.loss: torch.Tensor | None = None
         self.num_skipped = 0
 
-    def examine(self, model: nn.Module, norm: torch.Tensor | float, step: int, last_checkpoint: str | None) -> None:
+    def observe(self, loss: torch.Tensor) -> None:
+        """Take note of a loss. Several make a step, and their sum is finite only if each is."""
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    def examine(
+        self, model: nn.Module, norm: torch.Tensor | float, step: int, last_checkpoint: Callable[[], object]
+    ) -> None:
         """Stop or skip the step if the norm is infinite or not a number. A collective only in that case.
 
         Args:
             model (`nn.Module`): The model; its gradients are dropped when the step is skipped.
             norm (`torch.Tensor` or `float`): Norm of all gradients, the same on every rank.
             step (`int`): The step that is about to be taken.
-            last_checkpoint (`str`, *optional*): Where to go back to.
+            last_checkpoint (`Callable`): Finds where to go back to.
         Raises:
             NonFiniteError: The norm is not finite, and the run is to stop.
         """
+        loss, self.loss = self.loss, None
         if torch.isfinite(torch.as_tensor(norm)).all():
             return
         losses: list[float | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(losses, None if self.loss is None else float(self.loss))
+        dist.all_gather_object(losses, None if loss is None else float(loss))
         bad = {rank: loss for rank, loss in enumerate(losses) if loss is not None and not _is_finite(loss)}
         cause = f"the loss of rank {min(bad)} is {bad[min(bad)]}" if bad else "every loss is finite"
         message = f"The norm of the gradients is {float(norm)} at step {step}; {cause}."
         if self.on_nonfinite == "stop":
             raise NonFiniteError(
                 f"{message} One such step ruins every weight, so training stops before it. Last checkpoint: "
-                f"{last_checkpoint or 'none'}. Lower learning_rate, look at the data of this step, or write "
+                f"{last_checkpoint() or 'none'}. Lower learning_rate, look at the data of this step, or write "
                 'on_nonfinite="skip".'
             )
         self.num_skipped += 1

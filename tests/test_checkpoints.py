@@ -22,6 +22,7 @@ from hf_qlora_fsdp.checkpoints import (
     check_continues,
     clear_leftovers,
     newest_valid,
+    prune,
     publish,
     seal,
     verify,
@@ -30,12 +31,7 @@ from hf_qlora_fsdp.checkpoints import (
 FACTS = {
     "base_model": "some/model",
     "base_checksum": "00ff",
-    "r": 8,
-    "lora_alpha": 16,
-    "target_modules": ["q_proj"],
-    "modules_to_save": [],
-    "use_dora": False,
-    "use_rslora": False,
+    "adapters": {"default": {"r": 8, "target_modules": ["q_proj"], "use_dora": False}},
     "sequences_per_step": 8,
     "versions": {"torch": "2.13.0"},
 }
@@ -171,10 +167,45 @@ def test_only_the_same_run_is_continued():
     assert check_continues("c", FACTS, {**FACTS, "base_model": "/moved/here"}) == []
     with pytest.raises(ValueError, match=r"some/model.*00ff.*other/model.*1234"):
         check_continues("c", FACTS, {**FACTS, "base_model": "other/model", "base_checksum": "1234"})
+    default = FACTS["adapters"]["default"]
     with pytest.raises(ValueError, match=r"r=8.*now has 16"):
-        check_continues("c", FACTS, {**FACTS, "r": 16})
+        check_continues("c", FACTS, {**FACTS, "adapters": {"default": {**default, "r": 16}}})
     with pytest.raises(ValueError, match=r"target_modules=\['q_proj'\].*\['k_proj', 'q_proj'\]"):
-        check_continues("c", FACTS, {**FACTS, "target_modules": ["k_proj", "q_proj"]})
+        changed = {**default, "target_modules": ["k_proj", "q_proj"]}
+        check_continues("c", FACTS, {**FACTS, "adapters": {"default": changed}})
+    with pytest.raises(ValueError, match=r"\['default'\].*\['default', 'other'\]"):
+        check_continues("c", FACTS, {**FACTS, "adapters": {"default": default, "other": default}})
+
+
+@pytest.mark.parametrize(
+    ("written", "limit", "best", "left"),
+    [
+        ([1, 2, 3], None, None, {1, 2, 3}),
+        ([1, 2, 3], 2, None, {2, 3}),
+        ([1, 2, 3], 1, None, {3}),
+        ([1, 2, 3], 2, 1, {1, 3}),
+        ([1, 2, 3], 1, 1, {1, 3}),
+        ([9, 10, 5, 6], 2, None, {5, 6}),  # gone back to 4: what has been written last is what counts
+        ([9, 10, 6], 1, None, {6}),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, written, limit, best, left):
+    for age, step in enumerate(written):
+        newest = save(tmp_path, step)
+        os.utime(newest, (age, age))
+    prune(newest, limit, best and str(tmp_path / f"checkpoint-{best}"))
+    assert {entry.name for entry in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in left}
+
+
+def test_what_is_pruned_loses_its_name_first(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: [file.unlink() for file in path.glob("*.safetensors")])
+    prune(newest, 1, None)  # as if killed in the middle
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert clear_leftovers(tmp_path) == [f"{STAGING_PREFIX}pruned-checkpoint-1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def checksums(rank: int) -> list[str]:

@@ -27,6 +27,21 @@ def run_steps(rank: int, number: int, signalled_rank: int) -> list:
     return [untouched, (control.should_save, control.should_training_stop), callback.preempted, restored]
 
 
+def leave_out_evaluations(rank: int) -> list:
+    callback, control, state = PreemptionCallback(), TrainerControl(), TrainerState(global_step=1)
+    callback.received = int(signal.SIGTERM)
+    control.should_evaluate = True  # as upstream's callback, which comes first, has said
+    callback.on_step_end(None, state, control)
+    at_step = (control.should_evaluate, control.should_save)
+    control.should_evaluate = control.should_save = True
+    callback.on_epoch_end(None, state, control)
+    return [at_step, (control.should_evaluate, control.should_save), control.should_training_stop]
+
+
+def test_nothing_delays_the_checkpoint_of_a_run_that_must_stop(ranks):
+    assert ranks.run(leave_out_evaluations)[0] == [(False, True), (False, False), True]
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("signalled_rank", [0, 1])
 def test_one_signalled_rank_stops_all_after_the_same_step(ranks, number, signalled_rank):
@@ -38,9 +53,10 @@ def examine(rank: int, action: str, norm: float, losses: list[float]) -> str:
     model = torch.nn.Linear(2, 2)
     model(torch.ones(1, 2)).sum().backward()
     watch = GradientWatch(action)
-    watch.loss = torch.tensor(losses[rank])
+    for loss in (losses[rank], 1.0):  # the last of the step is as good as any
+        watch.observe(torch.tensor(loss))
     try:
-        watch.examine(model, torch.tensor(norm), 7, "out/checkpoint-5")
+        watch.examine(model, torch.tensor(norm), 7, lambda: "out/checkpoint-5")
     except NonFiniteError as error:
         return str(error)
     return f"{watch.num_skipped} skipped, gradient {'there' if model.weight.grad is not None else 'gone'}"
