@@ -62,18 +62,39 @@ def build_quantized_meta_model(
     refuse_fused_experts(model)
     model.config.name_or_path = model_id_or_path
     model.config.quantization_config = quantization
-    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=stored is not None)
-    quantizer.preprocess_model(model=model, device_map=None, dtype=param_dtype)
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "source_cls"):
-            packed = repack(module, compute_dtype=param_dtype, storage_dtype=param_dtype)
-            model.set_submodule(name, packed)
+    quantizer = pack_linear_layers(model, quantization, stored is not None, param_dtype, param_dtype)
     for parameter in float32_parameters(model, param_dtype):
         parameter.data = parameter.data.float()
     model.requires_grad_(False)
     model.hf_quantizer = quantizer
     model.is_loaded_in_4bit = True
     return model
+
+
+def pack_linear_layers(
+    model: PreTrainedModel,
+    quantization: BitsAndBytesConfig,
+    pre_quantized: bool,
+    compute_dtype: torch.dtype,
+    storage_dtype: torch.dtype,
+) -> Any:
+    """Put packed 4-bit layers, in place, where upstream would put those of bitsandbytes.
+
+    Args:
+        model (`PreTrainedModel`): The model, on the meta device.
+        quantization (`BitsAndBytesConfig`): How its weights are or will be quantised.
+        pre_quantized (`bool`): Whether they are stored so.
+        compute_dtype (`torch.dtype`): Dtype of the matrix products.
+        storage_dtype (`torch.dtype`): Dtype that packed buffers are viewed in.
+    Returns:
+        Upstream's quantizer, which knows what was left alone.
+    """
+    quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=pre_quantized)
+    quantizer.preprocess_model(model=model, device_map=None, dtype=compute_dtype)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "source_cls"):
+            model.set_submodule(name, repack(module, compute_dtype=compute_dtype, storage_dtype=storage_dtype))
+    return quantizer
 
 
 def settle_quantization(stored: Any, given: BitsAndBytesConfig | None, param_dtype: torch.dtype) -> BitsAndBytesConfig:

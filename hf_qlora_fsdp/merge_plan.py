@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
 
 from .adapter_edits import Adapter
 from .anatomy import build_meta_model, is_tied, keep_in_float32
+from .blueprint import pack_linear_layers
 from .lora_math import Edit, same_effect
-from .packing import PackedLinear4bit, repack
+from .packing import PackedLinear4bit
 from .ranks import log_once
 from .recipes import Recipe, logical_shape, plan_recipes
 from .shards import read_dtypes
@@ -125,14 +125,10 @@ class MergePlan:
         model = self._build(self.config, self.options.compute_dtype)
         if self.quantization is None:
             return model
-        quantizer = AutoHfQuantizer.from_config(self.quantization, pre_quantized=self.pre_quantized)
-        quantizer.preprocess_model(model=model, device_map=None, dtype=self.options.compute_dtype)
+        compute_dtype = self.options.compute_dtype
+        quantizer = pack_linear_layers(model, self.quantization, self.pre_quantized, compute_dtype, torch.uint8)
         if not self.pre_quantized:
             self.quantization.llm_int8_skip_modules = sorted(quantizer.modules_to_not_convert)
-        for name, module in list(model.named_modules()):
-            if hasattr(module, "source_cls"):
-                packed = repack(module, compute_dtype=self.options.compute_dtype, storage_dtype=torch.uint8)
-                model.set_submodule(name, packed)
         return model
 
     def _settle_tied(self, edits: dict[str, Edit]) -> dict[str, str]:

@@ -21,10 +21,10 @@ LAYERS = [
     {"anatomy", "checkpoints", "compat", "fitting", "kernels", "lora_math", "packing", "random_states", "shards"}
     | {"translation", "watch", "weights"},
     {"adapter_edits", "adapters", "config", "merge_folder", "planner", "recipes", "summary"},
-    {"experts", "merge_plan", "sharding"},
+    {"experts", "sharding"},
     {"blueprint"},
-    {"loader", "export", "inputs", "merging"},
-    {"resuming", "checking"},
+    {"loader", "export", "inputs", "merge_plan"},
+    {"merging", "resuming", "checking"},
     {"trainer"},
     {"launch", "doctor", "demo"},
     {"cli"},
