@@ -57,6 +57,7 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
         activation_offloading=options.activation_offloading,
+        param_dtype=options.param_dtype,
         cpu_offload=options.cpu_offload,
         cpu_offload_pin_memory=not options.no_pin,
     )
@@ -107,6 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoints", type=Path, default=Path("checkpoints"), help="where random weights are written"
     )
+    parser.add_argument("--param-dtype", default="bfloat16")
     parser.add_argument("--activation-offloading", action="store_true")
     parser.add_argument("--cpu-offload", action="store_true")
     parser.add_argument("--no-pin", action="store_true")

@@ -18,6 +18,7 @@ its gradients and optimizer states: they are small, and an optimizer step on the
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -120,7 +121,10 @@ def shard_unit(
     modules = [model.get_submodule(name) for name in unit.modules]
     if policy.cpu_offload:
         shard_adapters(modules, policy, mesh)
-    changes: dict[str, object] = {"reshard_after_forward": False} if unit.keep_gathered else {}
+    changes: dict[str, object] = {}
+    if unit.keep_gathered:
+        changes["reshard_after_forward"] = False
+        logging.getLogger("torch.distributed.fsdp.fully_shard").addFilter(_UNRUN_HEAD)
     policy.fully_shard(modules if len(modules) > 1 else modules[0], mesh, ignored, **changes)
     label_packed(modules)
 
@@ -275,6 +279,20 @@ def _is_adapter_layer(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
     called = isinstance(module, nn.Linear | DoraLinearLayer)  # a unit is gathered when its modules run
     return called and bool(own) and all(parameter.requires_grad for parameter in own)
+
+
+class _UnrunHeadFilter(logging.Filter):
+    """Drops the warning of torch before 2.13 that the head "did not run forward before backward".
+
+    TRL reads the head's weight without running the head. Its unit is gathered when the norm runs, and torch reduces
+    its gradients at the end of the backward: `test_gradient_of_a_trained_head_is_reduced`.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "did not run forward before backward" not in record.getMessage()
+
+
+_UNRUN_HEAD = _UnrunHeadFilter()
 
 
 def _is_unpacked(module: nn.Module) -> bool:
