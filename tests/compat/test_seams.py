@@ -23,13 +23,26 @@ from tests.tiny import make_checkpoint
 
 # Module, attribute, and the parameters that we pass or override.
 SEAMS: list[tuple[str, str, list[str]]] = [
-    # trainer.py overrides these.
+    # trainer.py overrides this one, resuming.py the others.
     ("transformers", "Trainer.create_accelerator_and_postprocess", ["self"]),
+    ("transformers", "Trainer.train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
+    ("transformers", "Trainer.training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+    ("transformers", "Trainer._get_grad_norm", ["self", "model", "grad_norm"]),
+    ("transformers", "Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"]),
     ("transformers", "Trainer.save_model", ["self", "output_dir", "_internal_call"]),
+    ("transformers", "Trainer._save_checkpoint", ["self", "model", "trial"]),
+    ("transformers", "Trainer._get_output_dir", ["self", "trial"]),
+    ("transformers", "Trainer._push_from_checkpoint", ["self", "checkpoint_folder"]),
+    ("transformers", "Trainer._save_rng_state", ["self", "output_dir"]),
+    ("transformers", "Trainer._load_rng_state", ["self", "checkpoint"]),
+    ("transformers", "Trainer._save_scaler", ["self", "output_dir"]),
+    ("transformers", "Trainer._load_scaler", ["self", "checkpoint"]),
     ("transformers", "Trainer._save_optimizer_and_scheduler", ["self", "output_dir"]),
     ("transformers", "Trainer._load_optimizer_and_scheduler", ["self", "checkpoint"]),
     ("transformers", "Trainer._load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
     ("transformers", "Trainer._load_best_model", ["self"]),
+    ("trl", "SFTTrainer.create_model_card", ["self", "model_name"]),
+    ("trl", "SFTTrainer._save_checkpoint", ["self", "model", "trial"]),
     ("trl", "SFTTrainer.__init__", ["model", "args", "train_dataset", "eval_dataset", "formatting_func"]),
     ("trl", "SFTTrainer.__init__", ["processing_class", "quantization_config", "peft_config"]),
     # trainer.py binds or calls these on accelerate's object.
@@ -115,6 +128,28 @@ def list_models(rank: int) -> list[Any]:
     from accelerate import Accelerator
 
     return Accelerator(cpu=True)._models
+
+
+def note_calls(rank: int, folder: str, out: str) -> dict[float, list[str]]:
+    """Train plain TRL, two micro-steps a step, and note what is called when."""
+    calls: dict[float, list[str]] = {}
+    for max_grad_norm in (1.0, 0.0):
+        noted = calls[max_grad_norm] = []
+        changes = {"max_steps": 2, "max_grad_norm": max_grad_norm, "gradient_accumulation_steps": 2}
+        trainer = training.stock(folder, training.equal_rows(8), {"folder": out, **changes}, torch.float32)
+        norm, step = trainer._get_grad_norm, trainer.training_step
+        trainer._get_grad_norm = lambda *a, norm=norm, noted=noted, **n: noted.append("norm") or norm(*a, **n)
+        trainer.training_step = lambda *a, step=step, noted=noted, **n: noted.append("loss") or step(*a, **n)
+        trainer.create_optimizer()
+        trainer.optimizer.register_step_pre_hook(lambda *_, noted=noted: noted.append("update"))
+        trainer.train()
+    return calls
+
+
+def test_gradients_are_looked_at_before_every_update(tmp_path: Path) -> None:
+    """`_get_grad_norm` is where resuming.py stops a step, with clipping and without; upstream promises it nowhere."""
+    calls = training.alone().run(note_calls, make_checkpoint(tmp_path / "model"), str(tmp_path))[0]
+    assert calls == {1.0: ["loss", "loss", "norm", "update"] * 2, 0.0: ["loss", "loss", "norm", "update"] * 2}
 
 
 # ---- Facts -----------------------------------------------------------------------------------------------------------
