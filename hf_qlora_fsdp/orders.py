@@ -4,10 +4,9 @@ The demo must show learning, not recall, so two things are kept apart here:
 
 * **Closed words** are the same everywhere, because the schema defines them: weekdays, numbers, the keys.
 * **Open words**, which are people, towns, goods and every sentence pattern, come from two disjoint lists. What the
-  held-out orders are made of, training has never seen; a test holds the lists against each other. The lists of
-  training are long, since of few words a small model would learn the list instead of learning to copy. Held-out words
-  that begin a JSON string are mostly such as the tokenizer spells alike after a space and after a quote: the task is
-  to understand orders, not to spell.
+  held-out orders are made of, training has never seen; a test holds the lists against each other. Training's lists are
+  long: of few words a small model would learn the list instead of learning to copy. Held-out words that begin a JSON
+  string are mostly such as the tokenizer spells alike after a space and after a quote, since spelling is not the task.
 
 An order is a handful of sentences in any sequence: who orders, several goods with quantities in digits or in words,
 where and on what day, whether it is a gift, and one that only distracts (other people, other goods, other numbers).
@@ -116,6 +115,10 @@ TRAIN = Vocabulary(
         "I am {customer} and I would like to order something.",
         "Yours, {customer}.",
         "Please book this under {customer}.",
+        "{customer} is the one who buys.",
+        "Write {customer} on the invoice.",
+        "{customer} is my name.",
+        "The bill goes to {customer}.",
     ),
     items=(
         "I need {items}.",
@@ -160,6 +163,10 @@ TRAIN = Vocabulary(
         "Nobody will unwrap it, it is not a present.",
         "No wrapping, please.",
         "You need not wrap it.",
+        "Gift wrap is unnecessary.",
+        "We do not want it wrapped.",
+        "Leave out the gift paper.",
+        "Wrapping would be a waste.",
         "It is for nobody's birthday, just send it.",
         "We keep it for ourselves.",
         "A plain box is enough, it is no gift.",
@@ -170,10 +177,15 @@ TRAIN = Vocabulary(
         "A month ago you delivered {other}.",
         "You once sold {other} to us and all was well.",
         "The {others} that came in May were good.",
+        "Two years ago you sent us {other} and they still work.",
+        "In winter we got {other} from you.",
         "{person} told me about your shop.",
         "My neighbour {person} buys here too.",
         "My friend {person} likes what you sell.",
         "{person} is our new accountant.",
+        "{person} will open the door.",
+        "If nobody is there, ask for {person}.",
+        "{person}, a cousin of mine, praised you.",
         "Our house has {number} floors.",
         "Call {person} if there are questions.",
         "We are {number} colleagues here.",
@@ -189,14 +201,14 @@ TRAIN = Vocabulary(
 
 HELD_OUT = Vocabulary(
     first_names=_words(
-        "Victor Edward Charles Ben Jack Michael William Richard Elizabeth Joseph Oscar Marco Nancy Kate Clara Stefan"
+        "Victor Edward Charles Ben Jack Michael William Richard Elizabeth Joseph Oscar Marco Nancy Kate Ann Luke"
     ),
     last_names=_words(
         "Weber Moore Taylor Carter Santos Anderson Harris Lee Martinez Bennett Russell Henderson Graham Moreau "
         "Kowalski Okafor Nilsson Watson"
     ),
     cities=_words("Rome London Chicago Washington Madison Lincoln Jackson Seattle Montreal Edinburgh"),
-    adjectives=_words("green glass tall bright orange strong sharp tiny empty silver solid electric giant"),
+    adjectives=_words("green glass tall bright orange strong sharp tiny empty natural solid electric mini"),
     nouns=_words(
         "desk vase umbrella wallet lantern broom saddle napkin stool whistle tray magnet guitar rug ticket flag "
         "shield drum piano bike hose bracelet map flute sword statue"
@@ -227,8 +239,8 @@ HELD_OUT = Vocabulary(
         "Pack it in pretty gift paper with a ribbon.",
     ),
     no_gift=(
-        "There is no need to wrap anything.",
-        "Nobody gets this as a gift, a simple box will do.",
+        "Wrapping is not needed.",
+        "No need for gift wrap, a simple box will do.",
         "We will use it ourselves, so it is not a present.",
     ),
     distraction=(
