@@ -14,7 +14,8 @@ and the kind of quantisation is needed for it, so every rank knows every layout 
 
 **The storage dtype.** The buffer is viewed, byte for byte, in the parameter dtype of the mixed-precision policy
 (`[num_bytes / itemsize, 1]`). FSDP casts parameters to that dtype before it gathers them; a view in the same dtype is
-left alone, while any other pairing would be cast *as numbers* and train on garbage without an error.
+left alone, while any other pairing would be cast *as numbers* and train on garbage without an error. (On GPUs it is
+left alone only because `compat/torch_gather_bytes.py` sees to it, and `sharding.make_mesh` checks that it is so.)
 
 The numbers are those of bitsandbytes, bit for bit: the same quantisation is called at load, the same dequantisation in
 the forward, and the tests compare both with `bitsandbytes.nn.Linear4bit`.

@@ -34,7 +34,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from . import compat
 from .anatomy import Unit, decoder_layers, keep_in_float32, plan_units
+from .compat.torch_gather_bytes import PATCH as GATHER_BYTES
 from .errors import ShardingError
 from .packing import PackedLinear4bit, repack
 from .ranks import log_once
@@ -96,9 +98,36 @@ def check_storage_dtype(storage_dtype: torch.dtype, param_dtype: torch.dtype) ->
 
 
 def make_mesh() -> DeviceMesh:
-    """Return the one-dimensional mesh of all ranks, on the accelerator where there is one."""
+    """Return the one-dimensional mesh of all ranks, on the accelerator where there is one.
+
+    Raises:
+        ShardingError: What is gathered over it is not what was sharded.
+    """
     device_type = "cuda" if "nccl" in str(dist.get_backend_config()) else "cpu"
-    return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    if device_type == "cuda":
+        compat.apply(GATHER_BYTES)
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        _check_gathering(mesh, dtype)
+    return mesh
+
+
+def _check_gathering(mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Gather every pattern of 16 bits, viewed as numbers, and see that each comes back as it was.
+
+    Whether a copy is one of bits or of numbers depends on kernels that change from version to version, and a wrong one
+    shows in no loss. So it is tried on the machine that trains.
+    """
+    patterns = torch.arange(1 << 16, dtype=torch.int32, device=mesh_device(mesh)).to(torch.int16)
+    probe: Any = nn.Module()
+    probe.weight = nn.Parameter(patterns.view(dtype).clone(), requires_grad=False)
+    ShardingPolicy(param_dtype=dtype).fully_shard(probe, mesh, set())
+    probe.unshard()
+    if not torch.equal(probe.weight.view(torch.int16), patterns):
+        raise ShardingError(
+            f"torch {torch.__version__} changes bytes while it gathers {format_dtype(dtype)} on {mesh.device_type}, so "
+            "packed 4-bit weights would be garbage. Install a version from constraints.txt, or report this."
+        )
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:
