@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
@@ -78,6 +79,8 @@ class ResumableTrainer(SFTTrainer):
             SystemExit: A signal asked for the end; the step was finished and saved. Its code is `EXIT_PREEMPTED`.
         """
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        if checkpoint and self._is_finished(checkpoint):
+            return TrainOutput(self.state.global_step, 0.0, {})
         try:
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
@@ -127,15 +130,14 @@ class ResumableTrainer(SFTTrainer):
         run_dir = Path(super()._get_output_dir(trial))
         final = run_dir / f"checkpoint-{self.state.global_step}"
         facts = self._facts()
-        with fail_together(f"preparing {final}"):
-            if rank() == 0:
-                # Upstream puts "checkpoint-N" into the folder that `_get_output_dir` names.
-                staging = run_dir / f"{STAGING_PREFIX}{final.name}"
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-                self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
+        # Upstream puts "checkpoint-N" into the folder that `_get_output_dir` names.
         self._staging = run_dir / f"{STAGING_PREFIX}{final.name}"
         try:
+            with fail_together(f"preparing {final}"):
+                if rank() == 0:
+                    shutil.rmtree(self._staging, ignore_errors=True)
+                    self._staging.mkdir(parents=True)
+                    self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
             failure = None
             try:
                 super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's own adds the model card, see above
@@ -149,6 +151,8 @@ class ResumableTrainer(SFTTrainer):
         except BaseException:
             if rank() == 0:  # a full disk is not helped by half a checkpoint
                 shutil.rmtree(self._staging, ignore_errors=True)
+                newest, _ = newest_valid(run_dir)
+                log_once("%s was not saved. The newest that is whole is %s.", final, newest or "none")
             raise
         finally:
             self._staging = None
@@ -218,6 +222,16 @@ class ResumableTrainer(SFTTrainer):
             return
         if not load_random_states(Path(checkpoint)):
             log_once("%s was saved by another number of ranks: random numbers (dropout) are drawn anew.", checkpoint)
+
+    def _is_finished(self, checkpoint: str) -> bool:
+        """Take over a checkpoint of the last step as it is; upstream would take one step more."""
+        state = TrainerState.load_from_json(os.path.join(checkpoint, _TRAINER_STATE_FILE))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return False
+        self.state = state
+        load_adapters(self.model, checkpoint)
+        log_once("%s is at step %d, and max_steps is %d: done.", checkpoint, state.global_step, self.args.max_steps)
+        return True
 
     def _find_checkpoint(self, asked: str | bool | None) -> str | None:
         """Decide where to start: rank 0 looks, verifies and clears up, and all agree."""
