@@ -43,7 +43,13 @@ def check_peft_config(config: PeftConfig) -> None:
     refused = {
         f"init_lora_weights={config.init_lora_weights!r}": (
             config.init_lora_weights not in _INITIALISATIONS_WITHOUT_BASE,
-            "it is computed from whole 16-bit base weights, which no rank holds. Use True, False or 'gaussian'",
+            "only those that need no 16-bit base weights, which no rank holds, are done while a model is read. Use "
+            "True, False or 'gaussian'",
+        ),
+        "lm_head among its target_modules": (
+            not isinstance(config.target_modules, str) and "lm_head" in (config.target_modules or ()),
+            "TRL multiplies by the head's own weight, so its adapter would never be trained. Use "
+            "modules_to_save=['lm_head']",
         ),
         "target_parameters": (
             bool(config.target_parameters),

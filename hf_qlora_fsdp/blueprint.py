@@ -17,6 +17,7 @@ from .anatomy import build_meta_model, refuse_fused_experts
 from .packing import repack
 from .ranks import log_once
 from .sharding import check_storage_dtype, float32_parameters
+from .units import format_dtype
 from .weights import find_weights
 
 
@@ -123,14 +124,25 @@ def settle_quantization(stored: Any, given: BitsAndBytesConfig | None, param_dty
                 f"{' to 8 bits' if fields.get('load_in_8bit') else ''}, and only 4-bit weights of bitsandbytes are "
                 "sharded and trained here. Load the 16-bit checkpoint instead; it is quantised while it is read."
             )
-        if given is not None:
-            log_once("The checkpoint is already quantised: its own quantization_config is used, not the one given.")
         settled = BitsAndBytesConfig.from_dict(fields)
+        if given is not None and _kind(given) != _kind(settled):
+            log_once("The checkpoint is already quantised, as %s: %s has no effect.", _kind(settled), _kind(given))
     else:
         settled = given or BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         )
     settled = BitsAndBytesConfig.from_dict(settled.to_dict())
+    if settled.bnb_4bit_compute_dtype not in (torch.float32, param_dtype):  # float32 is upstream's default
+        log_once(
+            "bnb_4bit_compute_dtype=%s has no effect: matrices are multiplied in %s, the parameter dtype.",
+            format_dtype(settled.bnb_4bit_compute_dtype),
+            format_dtype(param_dtype),
+        )
     settled.bnb_4bit_compute_dtype = param_dtype
     settled.bnb_4bit_quant_storage = param_dtype
     return settled
+
+
+def _kind(quantization: BitsAndBytesConfig) -> str:
+    double = " with double quantisation" if quantization.bnb_4bit_use_double_quant else ""
+    return f"{quantization.bnb_4bit_quant_type}{double}"

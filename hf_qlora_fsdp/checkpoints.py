@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ STAGING_PREFIX = ".saving-"
 _CHECKPOINT_NAME = re.compile(r"^checkpoint-(\d+)$")
 _PACKAGES = ("hf_qlora_fsdp", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 _CHUNK_BYTES = 1 << 24
+_PRIME = 65_521  # the largest below 2^16, as in Adler-32
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -52,7 +54,7 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
         _flush(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"facts": dict(facts), "files": files}, indent=1))
+    manifest.write_text(json.dumps({"saved_at": time.time(), "facts": dict(facts), "files": files}, indent=1))
     _flush(manifest)
     for directory in {path.parent for path in [manifest, *_files(folder)]}:
         _flush(directory)
@@ -116,8 +118,8 @@ def prune(newest: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 0:
         return
     kept = {newest.name, Path(best).name if best else newest.name}
-    others = [path for path in newest.parent.iterdir() if _CHECKPOINT_NAME.match(path.name) and path.name not in kept]
-    others.sort(key=lambda path: path.stat().st_mtime_ns)
+    others = [path for path in newest.parent.iterdir() if _is_checkpoint(path) and path.name not in kept]
+    others.sort(key=_when_saved)
     for path in others[: max(0, len(others) - max(0, limit - len(kept)))]:
         aside = path.with_name(f"{STAGING_PREFIX}pruned-{path.name}")
         os.rename(path, aside)
@@ -125,7 +127,10 @@ def prune(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def newest_valid(output_dir: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
-    """Find the checkpoint with the highest step whose files are all as they were saved.
+    """Find the checkpoint that was written last and whose files are all as they were saved.
+
+    The last by time, as its manifest says, and not by step: after a damaged checkpoint was passed over, or a new run
+    was started in the same folder, higher steps are older.
 
     Args:
         output_dir (`str`): Where the run saves.
@@ -133,11 +138,9 @@ def newest_valid(output_dir: str | os.PathLike[str]) -> tuple[Path | None, list[
         The folder, or `None`, and a sentence for each newer one that was passed over.
     """
     folder = Path(output_dir)
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    steps = sorted((int(match[1]) for name in names if (match := _CHECKPOINT_NAME.match(name))), reverse=True)
+    entries = list(folder.iterdir()) if folder.is_dir() else []
     skipped = []
-    for step in steps:
-        candidate = folder / f"checkpoint-{step}"
+    for candidate in sorted(filter(_is_checkpoint, entries), key=_when_saved, reverse=True):
         try:
             verify(candidate)
         except ValueError as error:
@@ -145,6 +148,19 @@ def newest_valid(output_dir: str | os.PathLike[str]) -> tuple[Path | None, list[
         else:
             return candidate, skipped
     return None, skipped
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _CHECKPOINT_NAME.match(path.name) is not None
+
+
+def _when_saved(checkpoint: Path) -> tuple[float, int]:
+    """Return when a checkpoint was sealed, and its step; one without a manifest counts as the newest of all."""
+    step = int(checkpoint.name.rpartition("-")[2])
+    try:
+        return float(json.loads((checkpoint / MANIFEST).read_text())["saved_at"]), step
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("inf"), step
 
 
 def clear_leftovers(output_dir: str | os.PathLike[str]) -> list[str]:
@@ -229,21 +245,35 @@ def check_continues(folder: str | os.PathLike[str], saved: Mapping[str, Any], no
 def base_checksum(model: Any) -> str:
     """Return a checksum of all frozen weights, the same for any number of ranks. A collective; kept on the model.
 
-    Each byte counts, weighted by the place of its tensor in the model: 4-bit codes and scales as they are trained
-    against, so another quantisation is another base.
+    Each byte counts, weighted by its place in its tensor and its tensor's place in the model: 4-bit codes and scales as
+    they are trained against, so another quantisation, or another order of rows, is another base.
     """
     if getattr(model, "_base_checksum", None) is None:
         total = 0
         for index, parameter in enumerate(parameter for parameter in model.parameters() if not parameter.requires_grad):
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            whole_here = not isinstance(parameter, DTensor)
-            if local.numel() and not (whole_here and dist.get_rank() > 0):
-                raw = local.detach().reshape(-1).view(torch.uint8)
-                total += (index + 1) * int(raw.sum(dtype=torch.int64))
+            if isinstance(parameter, DTensor):
+                local, num_rows = parameter.to_local(), parameter.shape[0]
+                start = min(dist.get_rank() * -(-num_rows // dist.get_world_size()), num_rows)
+                offset = start * parameter.numel() * parameter.element_size() // max(num_rows, 1)
+            elif dist.get_rank() == 0:
+                local, offset = parameter, 0
+            else:
+                continue
+            total += (index + 1) * _sum_of_bytes(local, offset)
         totals: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(totals, total)
         model._base_checksum = f"{sum(totals) % (1 << 64):016x}"
     return model._base_checksum
+
+
+def _sum_of_bytes(tensor: torch.Tensor, offset: int) -> int:
+    """Sum a tensor's bytes, each weighted by its place modulo a prime; `offset` bytes lie before the first."""
+    total = 0
+    for chunk in tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK_BYTES):
+        places = torch.arange(offset, offset + chunk.numel(), device=chunk.device) % _PRIME + 1
+        total += int((places * chunk).sum())
+        offset += chunk.numel()
+    return total
 
 
 def _describe_adapter(config: Any) -> dict[str, Any]:

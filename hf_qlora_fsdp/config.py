@@ -97,7 +97,8 @@ class QLoRAFSDPConfig(SFTConfig):
         default=False,
         metadata={
             "help": "Keep each rank's frozen shards in host memory and copy a unit to the device when it is needed: "
-            "much less device memory, slower steps. The adapter and its optimizer stay on the device."
+            "much less device memory, slower steps. LoRA weights and their optimizer states stay on the device; "
+            "modules that are trained whole (`modules_to_save`) go along."
         },
     )
     cpu_offload_pin_memory: bool = field(
@@ -342,11 +343,11 @@ class QLoRAFSDPConfig(SFTConfig):
             self.ddp_backend = _CUDA_AND_CPU
         ranks.join_process_group(device_type, self.ddp_timeout)
         if self.cpu_offload and "cpu:" not in get_backend_config():
-            raise refusal(
-                f"cpu_offload=True in a process group of {get_backend_config()}",
-                "offloaded tensors are reduced on the CPU, and the group was made without a CPU backend",
-                "Make QLoRAFSDPConfig before any other training arguments, or write "
-                f'torch.distributed.init_process_group("{_CUDA_AND_CPU}") at the start of the script.',
+            # The adapter stays on the device, so nothing is reduced on the CPU but modules that are trained whole.
+            ranks.log_once(
+                f"The process group ({get_backend_config()}) was made without a CPU backend, by other arguments or by "
+                "the script. With cpu_offload, modules_to_save need one: make QLoRAFSDPConfig first, or write "
+                f'torch.distributed.init_process_group("{_CUDA_AND_CPU}").'
             )
 
     def _plugin_args(self) -> dict[str, Any]:

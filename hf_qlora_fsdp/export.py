@@ -66,6 +66,13 @@ def check_exportable(model: PeftModel) -> None:
             f"No parameter of the {type(model).__name__} is trainable, so its adapter would be empty. Was the adapter "
             "frozen or merged? Pass is_trainable=True to PeftModel.from_pretrained."
         )
+    whole = [name for name in trained if not isinstance(trainable_parameters(model)[name], DTensor)]
+    if whole and dist.is_initialized() and dist.get_world_size() > 1:
+        raise EmptyAdapterError(
+            f"{len(whole)} trained tensors, such as {whole[0]!r}, are whole on every rank, so nobody reduces their "
+            "gradients and every rank trains an adapter of its own. Give peft_config to load_quantized_model instead "
+            "of calling get_peft_model afterwards."
+        )
     written = sum(len(_adapter_names(model, name)) for name in trained_adapters(model))
     if written != len(trained):
         raise EmptyAdapterError(
@@ -88,7 +95,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     state = gather_trainable(model)
     with fail_together(f"saving the adapter to {folder}"):
         if rank() == 0:
-            model.save_pretrained(
+            type(model).save_pretrained(  # not the instance's, which the trainer binds to this function
+                model,
                 str(folder),
                 state_dict=state,
                 selected_adapters=trained_adapters(model),

@@ -127,11 +127,37 @@ def read_model_options(args: QLoRAFSDPConfig, quantization: BitsAndBytesConfig |
         raise ValueError("load_in_8bit=True, but only 4-bit weights are sharded and trained here. Leave it out.")
     dtype = options.pop("dtype", options.pop("torch_dtype", None))
     if dtype not in (None, "auto"):
-        check_same_dtype(getattr(torch, dtype) if isinstance(dtype, str) else dtype, args.compute_dtype)
+        check_same_dtype(_parse_dtype(dtype), args.compute_dtype)
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    options["quantization_config"] = quantization or inner or args.quantization_config()
-    check_storage_dtype(options["quantization_config"].bnb_4bit_quant_storage, args.compute_dtype)
+    options["quantization_config"] = _settle_quantization(quantization or inner, args)
     return options
+
+
+def _parse_dtype(dtype: Any) -> torch.dtype:
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype):
+        raise ValueError(
+            f"model_init_kwargs has dtype={dtype!r}, which torch does not know. Write 'bfloat16', 'float16' or "
+            "'float32', or leave it out."
+        )
+    return parsed
+
+
+def _settle_quantization(given: Any, args: QLoRAFSDPConfig) -> BitsAndBytesConfig:
+    """Return the quantisation that was asked for: as an object or a dict, or by the fields of `args`."""
+    if given is None:
+        return args.quantization_config()
+    if isinstance(given, dict):
+        given = BitsAndBytesConfig.from_dict(dict(given))
+    if isinstance(given, BitsAndBytesConfig) and given.load_in_4bit:
+        check_storage_dtype(given.bnb_4bit_quant_storage, args.compute_dtype)
+        if given.bnb_4bit_quant_type != args.bnb_4bit_quant_type:
+            log_once(
+                "quantization_config says %s and wins over bnb_4bit_quant_type=%r of the arguments.",
+                given.bnb_4bit_quant_type,
+                args.bnb_4bit_quant_type,
+            )
+    return given  # what else it may be, `blueprint.settle_quantization` refuses by name
 
 
 def check_same_dtype(dtype: torch.dtype, param_dtype: torch.dtype) -> None:

@@ -27,10 +27,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
-from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -69,7 +76,8 @@ class ShardingPolicy:
 
     def fully_shard(self, module: Any, mesh: DeviceMesh, ignored: set[nn.Parameter], **changes: Any) -> None:
         """Call `torch.distributed.fsdp.fully_shard` on a module or a list of modules with this policy."""
-        offload = CPUOffloadPolicy(pin_memory=self._can_pin(mesh)) if self.cpu_offload else OffloadPolicy()
+        pinned = self.pins_memory(mesh.device_type)
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else OffloadPolicy()
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=torch.float32),
@@ -79,8 +87,9 @@ class ShardingPolicy:
         }
         fully_shard(module, **(options | changes))
 
-    def _can_pin(self, mesh: DeviceMesh) -> bool:
-        return self.cpu_offload_pin_memory and mesh.device_type != "cpu"  # memory is pinned for an accelerator
+    def pins_memory(self, device_type: str) -> bool:
+        """Return whether offloaded shards are pinned."""
+        return self.cpu_offload_pin_memory and device_type != "cpu"  # memory is pinned for an accelerator
 
 
 def check_storage_dtype(storage_dtype: torch.dtype, param_dtype: torch.dtype) -> None:
@@ -159,8 +168,12 @@ def shard_unit(
 
 
 def shard_adapters(modules: Iterable[nn.Module], policy: ShardingPolicy, mesh: DeviceMesh) -> None:
-    """Make the LoRA layers in `modules` an FSDP unit of their own that stays on the accelerator."""
-    layers = [layer for module in modules for layer in module.modules() if _is_adapter_layer(layer)]
+    """Make the LoRA layers in `modules` an FSDP unit of their own that stays on the accelerator.
+
+    Modules that are trained whole (`modules_to_save`) stay in their unit: TRL reads a trained head without running it,
+    so in a unit of its own nobody would reduce its gradient.
+    """
+    layers = [part for module in modules for child in module.modules() for part in _lora_parts(child)]
     if layers:
         policy.fully_shard(layers, mesh, set(), offload_policy=OffloadPolicy())
 
@@ -168,6 +181,8 @@ def shard_adapters(modules: Iterable[nn.Module], policy: ShardingPolicy, mesh: D
 def shard_root(root: nn.Module, policy: ShardingPolicy, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
     """Make the outermost module the FSDP root, which holds what no unit took, and drives the units."""
     policy.fully_shard(root, mesh, ignored, reshard_after_forward=None)
+    if hasattr(root, "generate"):  # it runs the model inside the root, past the root's own hooks
+        register_fsdp_forward_method(root, "generate")
 
 
 def label_packed(modules: Iterable[nn.Module]) -> None:
@@ -304,10 +319,13 @@ def _move(
     return cast
 
 
-def _is_adapter_layer(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    called = isinstance(module, nn.Linear | DoraLinearLayer)  # a unit is gathered when its modules run
-    return called and bool(own) and all(parameter.requires_grad for parameter in own)
+def _lora_parts(module: nn.Module) -> list[nn.Module]:
+    """Return the trained modules that a LoRA layer runs. A unit is gathered when its modules run."""
+    if not isinstance(module, LoraLayer):
+        return []
+    groups = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
+    parts = [part for group in groups for part in group.values()]
+    return [part for part in parts if all(parameter.requires_grad for parameter in part.parameters())]
 
 
 class _UnrunHeadFilter(logging.Filter):

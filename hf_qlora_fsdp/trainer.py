@@ -22,7 +22,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments, set_seed
 from trl import SFTTrainer
 
@@ -31,7 +31,7 @@ from .adapters import initialize_adapter, inject_adapter
 from .anatomy import plan_units
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
 from .config import QLoRAFSDPConfig
-from .export import check_exportable
+from .export import check_exportable, save_adapter
 from .inputs import (
     adopt_args,
     announce_default_adapter,
@@ -102,7 +102,9 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         with _hidden_from_trl(given["model"], args):
             super().__init__(**given)
         check_sharded(self.model, self.sharding_policy)
-        register_fsdp_forward_method(self.model, "generate")
+        # What scripts call at their end, on the model instead of the trainer.
+        self.model.save_pretrained = functools.partial(_save_pretrained, self.model)
+        self.model.merge_and_unload = _refuse_merging
         # accelerate prepares a model only together with an optimizer, and this one needs no preparing.
         self.accelerator._models.append(self.model)
         self._report()
@@ -137,11 +139,11 @@ class QLoRAFSDPTrainer(ResumableTrainer):
                 "The model was sharded without an adapter, so each layer's LoRA weights become a unit of their own, "
                 "gathered separately. Give peft_config to load_quantized_model to have them in the layer's unit."
             )
-            if peft_config.use_dora:
+            if peft_config.use_dora or peft_config.modules_to_save:
+                given = "use_dora=True" if peft_config.use_dora else "modules_to_save"
                 raise ValueError(
-                    "peft_config has use_dora=True, but the model is sharded already, and DoRA's magnitudes are "
-                    "taken from whole weights. Give peft_config to load_quantized_model, or pass the model's name or "
-                    "folder."
+                    f"peft_config has {given}, which starts from whole weights, but the model is sharded already. Give "
+                    "peft_config to load_quantized_model, or pass the model's name or folder."
                 )
             model = inject_adapter(model, peft_config)
             initialize_adapter(model, peft_config, mesh_device(mesh))
@@ -157,7 +159,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             policy = self.sharding_policy
             offload = "none"
             if policy.cpu_offload:
-                pinned = "pinned" if policy.cpu_offload_pin_memory else "pageable"
+                pinned = "pinned" if policy.pins_memory(self.accelerator.device.type) else "pageable"
                 offload = f"frozen weights in {pinned} host memory, adapter on the accelerator"
             units = plan_units(base_model(self.model), policy.class_names)
             print(describe(self.model, units, policy.param_dtype, offload, compat.active_patches()), flush=True)
@@ -184,6 +186,20 @@ def _hidden_from_trl(model: nn.Module, args: QLoRAFSDPConfig) -> Iterator[None]:
         yield
     finally:
         base.is_loaded_in_4bit, args.model_init_kwargs = True, options
+
+
+def _save_pretrained(model: PeftModel, save_directory: str, **options: Any) -> None:
+    """Save the adapter as the trainer does. A collective, as everything that reads a sharded model."""
+    if options:
+        log_once("save_pretrained: %s has no effect on a sharded model.", ", ".join(sorted(options)))
+    save_adapter(model, save_directory)
+
+
+def _refuse_merging(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "merge_and_unload() needs the whole model, which no rank holds. Save the adapter, and merge it with "
+        "`hf-qlora-fsdp merge BASE ADAPTER OUT`, which streams."
+    )
 
 
 def _prepare_sharded(accelerator: Any, *objects: Any) -> tuple[Any, ...]:

@@ -268,7 +268,13 @@ def refuse_unsupported(arguments: Mapping[str, object], environ: Mapping[str, st
         raise refusal(
             f"optim={optim!r}",
             "the optimizers of bitsandbytes have no sharding strategy, and the first step fails",
-            'Write optim="adamw_torch_fused" (the states of LoRA weights are small) or "adamw_torch_8bit".',
+            'Write optim="adamw_torch_fused": the states of LoRA weights are small.',
+        )
+    if optim == "adafactor":
+        raise refusal(
+            "optim='adafactor'",
+            "its factored states are whole tensors beside sharded gradients, and the first step fails",
+            'Write optim="adamw_torch_fused".',
         )
     if not arguments["cpu_offload"] and not arguments["cpu_offload_pin_memory"]:
         raise refusal(

@@ -214,7 +214,7 @@ def checksums(rank: int) -> list[str]:
     from hf_qlora_fsdp.sharding import make_mesh
 
     found = []
-    for change in (None, "value", "order", "trained"):
+    for change in (None, "value", "order", "rows", "trained"):
         torch.manual_seed(0)
         model = torch.nn.Sequential(*[torch.nn.Linear(5, 5, bias=False) for _ in range(3)]).requires_grad_(False)
         model[2].requires_grad_(True)
@@ -223,6 +223,8 @@ def checksums(rank: int) -> list[str]:
                 model[0].weight[3, 3] += 1e-3
             elif change == "order":
                 model[0].weight, model[1].weight = model[1].weight, model[0].weight
+            elif change == "rows":
+                model[0].weight.copy_(model[0].weight.flip(0))
             elif change == "trained":
                 model[2].weight += 1
         whole = base_checksum(model)
@@ -234,7 +236,7 @@ def checksums(rank: int) -> list[str]:
 
 def test_the_checksum_of_the_base_sees_values_and_order_and_not_the_sharding(ranks):
     for found in ranks.run(checksums):
-        whole, sharded, value, value_sharded, order, _, trained, trained_sharded = found
+        whole, sharded, value, value_sharded, order, _, rows, rows_sharded, trained, trained_sharded = found
         assert whole == sharded == trained == trained_sharded
-        assert value == value_sharded
-        assert len({whole, value, order}) == 3
+        assert value == value_sharded and rows == rows_sharded
+        assert len({whole, value, order, rows}) == 4

@@ -296,7 +296,8 @@ def test_gradient_of_a_trained_head_is_reduced(ranks, tmp_path, tie):
     expected = row_by_row(reference_model(folder, torch.bfloat16, **lora))
     (head,) = (name for name in expected[0]["gradients"] if "lm_head" in name)
     assert expected[0]["gradients"][head].any()
-    variants = [{"dtype": torch.bfloat16, "how": how, **lora} for how in ("load", "peft", "whole")]
+    ways = [{"how": how} for how in ("load", "peft", "whole")] + [{"offload": True}]
+    variants = [{"dtype": torch.bfloat16, **way, **lora} for way in ways]
     for rank, results in enumerate(ranks.run(compute_sharded, folder, variants)):
         for computed in results:
             assert_identical(computed, expected[rank])

@@ -265,7 +265,12 @@ def test_launcher_modes_that_cannot_work(variable):
     assert_three_parts(error, variable, "accelerate launch")
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_8bit", "adamw_torch_4bit", "sgd", "adafactor"])
+def test_adafactor_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"optim='adafactor'.*adamw_torch_fused"):
+        refuse_unsupported(ACCEPTABLE | {"optim": "adafactor"}, {})
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
 def test_optimizers_of_torch_and_torchao_are_accepted(optim):
     refuse_unsupported(ACCEPTABLE | {"optim": optim}, {})
 
