@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -54,10 +55,6 @@ def check_peft_config(config: PeftConfig) -> None:
         "target_parameters": (
             bool(config.target_parameters),
             "they adapt fused experts, which cannot be loaded in 4 bits yet. Use target_modules",
-        ),
-        "trainable_token_indices": (
-            bool(config.trainable_token_indices),
-            "they copy rows of an embedding that is sharded by then. Use modules_to_save=['embed_tokens']",
         ),
         "layer_replication": (
             bool(config.layer_replication),
@@ -102,6 +99,8 @@ def initialize_adapter(module: nn.Module, config: LoraConfig, device: torch.devi
             _initialize_lora(child, config, device)
         elif isinstance(child, ModulesToSaveWrapper):
             _initialize_copies(child, device)
+        elif isinstance(child, TrainableTokensLayer) and child.tied_adapter is None:
+            _initialize_rows(child, device)
     for parameter in module.parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor) and dist.get_world_size() > 1:
             dist.broadcast(parameter.data, src=0)
@@ -127,6 +126,16 @@ def _initialize_lora(layer: LoraLayer, config: LoraConfig, device: torch.device)
         scaling = layer.scaling[adapter_name]
         dora.update_layer(base_layer=layer.get_base_layer(), lora_A=lora_a, lora_B=lora_b, scaling=scaling)
         dora.weight = nn.Parameter(dora.weight.detach().float())
+
+
+def _initialize_rows(layer: TrainableTokensLayer, device: torch.device) -> None:
+    """Copy the rows of the embedding that are trained (`trainable_token_indices`)."""
+    weight = layer.get_base_layer().weight.detach()
+    for adapter_name, indices in layer.token_indices.items():
+        if layer.trainable_tokens_delta[adapter_name].device.type == "meta":
+            rows = weight[torch.tensor(indices, device=weight.device)].to(device)
+            layer.trainable_tokens_delta[adapter_name] = nn.Parameter(rows.float())
+            layer.trainable_tokens_original[adapter_name] = rows.clone()
 
 
 def _initialize_copies(wrapper: ModulesToSaveWrapper, device: torch.device) -> None:

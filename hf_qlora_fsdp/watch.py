@@ -2,8 +2,8 @@
 
 **Preemption.** Schedulers announce the end: SIGTERM, or SIGUSR1 as Slurm can be told to send. The step is finished, a
 checkpoint is saved, and the process exits with `EXIT_PREEMPTED`. (torchrun reports its workers' codes in its log, and
-exits with 1 whatever they are.) Signals reach ranks at different moments, and all must stop at the same step: at the end of each they tell one
-another, which costs one tiny reduction.
+exits with 1 whatever they are.) Signals reach ranks at different moments, and all must stop at the same step: at the
+end of each they tell one another, which costs one tiny reduction.
 
 **Numbers that are none.** A loss or gradient that is infinite or not a number ruins every weight in one step, and the
 logs do not show it: transformers replaces such losses by their average (`logging_nan_inf_filter`). The norm of all

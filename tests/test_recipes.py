@@ -169,7 +169,8 @@ def fuse_qkv(llama: Checkpoint) -> None:
         WeightConverter(
             source_patterns="W_pack.weight",
             target_patterns=["q_proj.weight", "k_proj.weight", "v_proj.weight"],
-            operations=[core_model_loading.Split(dim=0)],  # asks the model for the sizes, whose weights are packed by then
+            # It asks the model for the sizes, whose weights are packed by then.
+            operations=[core_model_loading.Split(dim=0)],
         )
     )
 
