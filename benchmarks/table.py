@@ -1,6 +1,6 @@
 """Prints the README's table of results from `results.csv`: one row a run, the latest of each command.
 
-    python benchmarks/table.py
+python benchmarks/table.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Importing TRL takes a process ten seconds, so the runs that are killed are forke
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -103,22 +104,34 @@ def launch(folder: str, out: Path, mode: str, *options: str) -> subprocess.Popen
     return subprocess.Popen(
         [*launcher, str(script), folder, str(out), mode],
         env=environment,
-        stdout=subprocess.PIPE,
+        stdout=(out / "output").open("w"),
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
+
+
+def end(run: subprocess.Popen[str], out: Path) -> str:
+    """Wait for the end, or bring it about with all that belongs to it; return the output."""
+    try:
+        run.wait(TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError((out / "output").read_text()[-5000:]) from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    return (out / "output").read_text()
 
 
 def preempt(folder: str, out: Path, number: int, rank: int | None) -> tuple[str, float]:
     """Run, send a rank, or torchrun itself, a signal in the middle; return the output and the seconds till the end."""
     run = launch(folder, out, "wait")
     try:
-        started = wait_for(lambda: [path.read_text() for path in out.glob(f"rank-{rank or 0}")], "no step was taken")
-        os.kill(run.pid if rank is None else int(started[0].split()[0]), number)
+        first = wait_for(lambda: [path.read_text() for path in out.glob(f"rank-{rank or 0}")], "no step was taken")
+        os.kill(run.pid if rank is None else int(first[0].split()[0]), number)
         sent = time.monotonic()
-        output = run.communicate(timeout=TIMEOUT)[0]
     finally:
-        run.kill()
+        output = end(run, out)
     return output, time.monotonic() - sent
 
 
@@ -135,7 +148,7 @@ def test_signals_end_a_run_that_can_be_continued(
     for number, rank in ((signal.SIGTERM, 1), (signal.SIGUSR1, None)):
         output, seconds = preempt(folder, out, number, rank)
         assert seconds < STOP_SECONDS
-        assert f"{number.name} received: saving after step" in output and "came to the end" not in output
+        assert f"{number.name} received: saving after step" in output and "came to the end" not in output, output
         if rank is not None:
             assert f"exitcode  : {EXIT_PREEMPTED} " in output, output
         newest, skipped = newest_valid(out)
@@ -143,7 +156,7 @@ def test_signals_end_a_run_that_can_be_continued(
         steps.append(int(newest.name.split("-")[1]))
     assert steps == sorted(set(steps)) and steps[-1] < NUM_STEPS
     run = launch(folder, out, "go on")
-    output = run.communicate(timeout=TIMEOUT)[0]
+    output = end(run, out)
     assert run.returncode == 0, output
     assert f"Resuming from {newest}" in output and output.count("came to the end") == 2
     assert_same(out / "final" / ADAPTER, reference)
@@ -152,7 +165,7 @@ def test_signals_end_a_run_that_can_be_continued(
 def test_torchrun_restarts_what_was_killed(folder: str, tmp_path: Path, reference: dict[str, torch.Tensor]) -> None:
     out = tmp_path / "out"
     run = launch(folder, out, "die", "--max-restarts", "1")
-    output = run.communicate(timeout=TIMEOUT)[0]
+    output = end(run, out)
     assert run.returncode == 0, output
     assert (out / "died").exists()
     # torchrun names the rank that died, and the second start says where it goes on.

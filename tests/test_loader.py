@@ -337,7 +337,6 @@ BF16_STORAGE_IN_FP16 = {
         ({"peft_config": LoraConfig(init_lora_weights="pissa")}, ["init_lora_weights='pissa'", "Use True, False or"]),
         ({"peft_config": LoraConfig(init_lora_weights="olora")}, ["init_lora_weights='olora'"]),
         ({"peft_config": LoraConfig(target_parameters=["mlp.w"])}, ["target_parameters", "Use target_modules"]),
-        ({"peft_config": LoraConfig(trainable_token_indices=[1])}, ["trainable_token_indices", "modules_to_save"]),
         ({"peft_config": LoraConfig(layer_replication=[(0, 2)])}, ["layer_replication", "Leave it out"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
