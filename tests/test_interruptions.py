@@ -99,16 +99,18 @@ def launch(folder: str, out: Path, mode: str, *options: str) -> subprocess.Popen
     script = out / "script.py"
     script.write_text(SCRIPT)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(ROOT), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+    # Of torch 2.13's: with the store shared, ranks that are started anew read the addresses of those that were killed.
+    environment |= {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
-    return subprocess.Popen(
-        [*launcher, str(script), folder, str(out), mode],
-        env=environment,
-        stdout=(out / "output").open("w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with (out / "output").open("w") as output:
+        return subprocess.Popen(
+            [*launcher, str(script), folder, str(out), mode],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def end(run: subprocess.Popen[str], out: Path) -> str:
@@ -125,7 +127,7 @@ def end(run: subprocess.Popen[str], out: Path) -> str:
 
 def preempt(folder: str, out: Path, number: int, rank: int | None) -> tuple[str, float]:
     """Run, send a rank, or torchrun itself, a signal in the middle; return the output and the seconds till the end."""
-    run = launch(folder, out, "wait")
+    run = launch(folder, out, "wait", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     try:
         first = wait_for(lambda: [path.read_text() for path in out.glob(f"rank-{rank or 0}")], "no step was taken")
         os.kill(run.pid if rank is None else int(first[0].split()[0]), number)
