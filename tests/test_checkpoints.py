@@ -118,7 +118,7 @@ def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
     moments, reported = random.Random(0), tmp_path / "reported"
     # One process imports, and forks those that are killed: starting each anew would take a minute.
     command = [sys.executable, "-c", FORKER.format(root=root), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forker:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as forker:
         try:
             for _ in range(30):
                 victim = int(forker.stdout.readline())
@@ -133,7 +133,7 @@ def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
                     if folder != found:
                         shutil.rmtree(folder)
         finally:
-            forker.kill()
+            os.killpg(forker.pid, signal.SIGKILL)  # the one it has forked last, too
     assert finished > 10  # it did save in between
 
 
