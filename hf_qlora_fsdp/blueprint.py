@@ -126,7 +126,11 @@ def settle_quantization(stored: Any, given: BitsAndBytesConfig | None, param_dty
             )
         settled = BitsAndBytesConfig.from_dict(fields)
         if given is not None and _kind(given) != _kind(settled):
-            log_once("The checkpoint is already quantised, as %s: %s has no effect.", _kind(settled), _kind(given))
+            log_once(
+                "The checkpoint is already quantised, as %s: its own quantization_config is used, and %s has no effect.",
+                _kind(settled),
+                _kind(given),
+            )
     else:
         settled = given or BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
