@@ -127,7 +127,7 @@ def settle_quantization(stored: Any, given: BitsAndBytesConfig | None, param_dty
         settled = BitsAndBytesConfig.from_dict(fields)
         if given is not None and _kind(given) != _kind(settled):
             log_once(
-                "The checkpoint is already quantised, as %s: its own quantization_config is used, and %s has no effect.",
+                "The checkpoint is already quantised, as %s: its own quantization_config is used, not %s.",
                 _kind(settled),
                 _kind(given),
             )

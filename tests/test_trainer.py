@@ -660,7 +660,7 @@ def test_the_table_at_the_start(ranks: RankPool, folder: str, out: str) -> None:
     assert rows["16-bit"] == f"{in_16bit / 1000:.1f}K parameters"
     assert rows["trained"] == f"{trained / 1000:.1f}K parameters, float32 masters"
     assert "bfloat16" in rows["dtypes"]
-    assert rows["offload"].startswith("frozen weights in pinned host memory")
+    assert rows["offload"].startswith("frozen weights in pageable host memory")
     assert rows["patches"] == "accelerate-cpu-fsdp"
     # Half of: codes, a byte a scale (64 weights), a float32 a 256 scales, one offset; each part in steps of 16 bytes.
     packed = 2 * sum(
