@@ -507,7 +507,7 @@ def refused(ranks: RankPool, folder: str, out: str, tmp_path_factory: pytest.Tem
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("base", ["tiny0'", "other0'", "(weights ", "revision and quantisation"]),
+        ("base", ["was trained on '", "/tiny", "model now is '", "/other", "(weights ", "revision and quantisation"]),
         ("precision", ["(weights ", "revision and quantisation"]),
         ("r", ["r=8", "now has 4", "Set r=8"]),
         ("alpha", ["lora_alpha=16", "now has 32"]),
