@@ -15,7 +15,6 @@ Tensors are read one at a time. No pickle is ever opened: a `.bin`, `.pt` or `.p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from transformers import AutoConfig
 
 from .adapter_edits import ADAPTER_CONFIG, Adapter, refuse_unmergeable
 from .anatomy import build_meta_model
+from .checkpoints import hash_file
 from .export import OPTIMIZER_TENSORS, OPTIMIZER_VALUES
 from .weights import Weights
 
@@ -111,7 +111,7 @@ def _check_manifest(path: Path, report: Report) -> None:
             report.findings.append(
                 f"{name} has {file.stat().st_size:,} bytes, {MANIFEST} says {num_bytes:,}. Copy the checkpoint again."
             )
-        elif _hash(file) != digest:
+        elif hash_file(file) != digest:
             report.findings.append(
                 f"{name} has been altered since it was saved: its SHA-256 is not that of {MANIFEST}."
             )
@@ -269,14 +269,6 @@ def _adapter_name(parameter: str) -> str:
     return _ADAPTER_NAME.sub(lambda match: match["before"] + match["after"], name).removesuffix(
         ".weight" if ".lora_magnitude_vector" in name else "\n"
     )
-
-
-def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _some(names: list[Any]) -> str:

@@ -51,7 +51,7 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
     """
     files = {}
     for path in _files(folder):
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         _flush(path)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"saved_at": time.time(), "facts": dict(facts), "files": files}, indent=1))
@@ -95,7 +95,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for name, expected in files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"] or _hash_file(path) != expected["sha256"]:
+        if size != expected["bytes"] or hash_file(path) != expected["sha256"]:
             damage = "is missing" if size is None else "is not the file that was saved"
             raise ValueError(
                 f"{name} in {str(folder)!r} {damage} (its size is {size}, the manifest says {expected['bytes']}). "
@@ -301,7 +301,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
