@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,15 +36,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .adapters import check_peft_config, initialize_adapter, inject_adapter
 from .anatomy import Unit, plan_units
 from .blueprint import build_quantized_meta_model
 from .fitting import Need, available_bytes, check_fits
-from .packing import PackedLinear4bit, pack, quantize
+from .packing import PackedLinear4bit
 from .ranks import fail_together, join_process_group, local_world_size, rank
-from .recipes import Recipe, plan_recipes
 from .sharding import (
     ShardingPolicy,
     float32_parameters,
@@ -54,6 +52,7 @@ from .sharding import (
     shard_root,
     shard_unit,
 )
+from .sources import Piece, Slot, Slots, Source, plan_checkpoint
 from .weights import Weights, find_weights
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
@@ -126,7 +125,7 @@ def load_quantized_model(
             model_id_or_path, quantization_config, dtype, trust_remote_code=trust_remote_code, hub=hub, **kwargs
         )
         weights = Weights(find_weights(model_id_or_path, **hub))
-        loading = _Loading(model, weights, plan_recipes(model, weights, key_mapping), policy, mesh)
+        loading = _Loading(model, plan_checkpoint(model, weights, dtype, key_mapping), policy, mesh)
         free = available_bytes(loading.device, with_swap=not policy.cpu_offload_pin_memory)
         check_fits(model_id_or_path, loading.need(), mesh.device_type, free)
     loading.run(peft_config, progress)
@@ -144,8 +143,7 @@ class _Loading:
     """The stream from checkpoint to shards: what there is to do, and the doing."""
 
     model: PreTrainedModel
-    weights: Weights
-    recipes: list[Recipe]
+    source: Source
     policy: ShardingPolicy
     mesh: DeviceMesh
     root: Any = None
@@ -153,10 +151,8 @@ class _Loading:
 
     def __post_init__(self) -> None:
         self.device = mesh_device(self.mesh)
-        self.report = LoadReport(self.weights.num_bytes)
-        self.report.largest_tensor_bytes = max(
-            recipe.transient_bytes(self.weights, self.policy.param_dtype) for recipe in self.recipes
-        )
+        self.report = LoadReport(self.source.num_bytes)
+        self.report.largest_tensor_bytes = max(piece.transient_bytes for piece in self.source.pieces)
         self.bytes_assigned = [0] * local_world_size()
         self.units = plan_units(self.model, self.policy.class_names)
         # Adapters rename modules, so tensors are addressed by module object from here on.
@@ -165,20 +161,20 @@ class _Loading:
         self.root = self.model
 
     def run(self, peft_config: LoraConfig | None, progress: bool) -> None:
-        groups = self._group_recipes()
+        groups = self._group_pieces()
         if peft_config is not None:
             self.root = inject_adapter(self.model, peft_config)
         node = _node_group()
         with tqdm(
-            total=self.weights.num_bytes,
+            total=self.source.num_bytes,
             unit="B",
             unit_scale=True,
             desc="Loading",
             disable=not progress or rank() != 0,
         ) as bar:
-            for index, (unit, recipes) in enumerate(groups):
+            for index, (unit, pieces) in enumerate(groups):
                 bar.set_postfix_str(f"unit {index + 1}/{len(groups)}")
-                self._assemble(unit.name if unit else "the root", recipes, node)
+                self._assemble(unit.name if unit else "the root", pieces, node)
                 modules = [self.model.get_submodule(name) for name in unit.modules] if unit else [self.root]
                 if peft_config is not None:
                     for module in modules:
@@ -190,24 +186,24 @@ class _Loading:
                     shard_unit(self.model, unit, self.policy, self.mesh, ignored)
                 else:
                     shard_root(self.root, self.policy, self.mesh, ignored)
-                bar.update(sum(recipe.num_bytes(self.weights) for recipe in recipes))
+                bar.update(sum(piece.num_bytes for piece in pieces))
         move_buffers(self.root, self.device)
-        self.report.bytes_read = self.weights.bytes_read
+        self.report.bytes_read = self.source.count_bytes_read()
 
-    def _group_recipes(self) -> list[tuple[Unit | None, list[Recipe]]]:
-        """Assign recipes to units, the unit with most bytes first; what no unit covers goes to the root, last."""
+    def _group_pieces(self) -> list[tuple[Unit | None, list[Piece]]]:
+        """Assign pieces to units, the unit with most bytes first; what no unit covers goes to the root, last."""
         owners = {name: unit for unit in self.units for name in unit.modules}
-        groups: dict[str, list[Recipe]] = {unit.name: [] for unit in self.units}
-        rest: list[Recipe] = []
-        for recipe in self.recipes:
-            unit = _owner(recipe.targets[0], owners)
-            (groups[unit.name] if unit else rest).append(recipe)
+        groups: dict[str, list[Piece]] = {unit.name: [] for unit in self.units}
+        rest: list[Piece] = []
+        for piece in self.source.pieces:
+            unit = _owner(piece.targets[0], owners)
+            (groups[unit.name] if unit else rest).append(piece)
         by_size = sorted(self.units, key=lambda unit: -self._final_bytes(groups[unit.name]))
         return [*((unit, groups[unit.name]) for unit in by_size), (None, rest)]
 
     def need(self) -> Need:
         """Say what loading will take, before any of it is done."""
-        sizes = [self._final_bytes(recipes) for _, recipes in self._group_recipes()]
+        sizes = [self._final_bytes(pieces) for _, pieces in self._group_pieces()]
         return Need(
             shards_bytes=sum(sizes) // dist.get_world_size(),
             unit_bytes=max(sizes),
@@ -217,53 +213,33 @@ class _Loading:
             ranks_per_host=local_world_size(),
         )
 
-    def _final_bytes(self, recipes: list[Recipe]) -> int:
-        return sum(self._slot(target)[0].nbytes for recipe in recipes for target in recipe.targets)
+    def _final_bytes(self, pieces: list[Piece]) -> int:
+        return sum(self._slot(target).tensor.nbytes for piece in pieces for target in piece.targets)
 
-    def _assemble(self, name: str, recipes: list[Recipe], node: dist.ProcessGroup | None) -> None:
+    def _assemble(self, name: str, pieces: list[Piece], node: dist.ProcessGroup | None) -> None:
         """Make one unit's parameters whole on every rank of the node."""
         num_ranks = local_world_size()
         my_rank = rank() % num_ranks
-        readers = _balance([recipe.num_bytes(self.weights) for recipe in recipes], self.bytes_assigned)
+        readers = _balance([piece.num_bytes for piece in pieces], self.bytes_assigned)
         whole: dict[str, torch.Tensor] = {}
         with fail_together(f"reading {name}"):
-            for recipe, reader in zip(recipes, readers, strict=True):
-                whole |= self._read(recipe) if reader == my_rank else self._make_room(recipe)
-        for recipe, reader in zip(recipes, readers, strict=True):
-            for target in recipe.targets:
-                _, module, leaf = self._slot(target)
+            for piece, reader in zip(pieces, readers, strict=True):
+                slots = {target: self._slot(target) for target in piece.targets}
+                whole |= piece.make(slots, self.device) if reader == my_rank else _make_room(slots, self.device)
+        for piece, reader in zip(pieces, readers, strict=True):
+            for target in piece.targets:
                 tensor = whole.pop(target)
                 if num_ranks > 1:
-                    source = rank() - my_rank + reader
-                    dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=source, group=node)
-                _fill(module, leaf, tensor)
+                    sender = rank() - my_rank + reader
+                    dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=sender, group=node)
+                _fill(self._slot(target), tensor)
         for (_, tied, tied_leaf), (_, original, original_leaf) in self.ties:
             tied._parameters[tied_leaf] = original._parameters[original_leaf]
 
-    def _read(self, recipe: Recipe) -> dict[str, torch.Tensor]:
-        """Read one recipe's tensors and bring them into their final form on the device."""
-        made = {}
-        for target, (tensor, scales) in recipe.realize(self.weights.read).items():
-            slot, module, leaf = self._slot(target)
-            if not isinstance(module, PackedLinear4bit) or leaf != "weight":
-                made[target] = tensor.to(self.device, slot.dtype).contiguous()
-            elif scales:
-                made[target] = _take_over(tensor, scales, module, slot.dtype, self.device)
-            else:
-                weight = tensor.to(self.device, module.compute_dtype)
-                weight = weight.t() if module.source_cls is Conv1D else weight
-                made[target] = quantize(weight, module.layout, slot.dtype)
-        return made
-
-    def _make_room(self, recipe: Recipe) -> dict[str, torch.Tensor]:
-        """Allocate what another rank will send."""
-        return {target: torch.empty_like(self._slot(target)[0], device=self.device) for target in recipe.targets}
-
-    def _slot(self, target: str) -> tuple[torch.Tensor, nn.Module, str]:
-        """Return the empty parameter or buffer that a target fills, its module, and its name there."""
+    def _slot(self, target: str) -> Slot:
         path, _, leaf = target.rpartition(".")
         module = self.modules[path]
-        return getattr(module, leaf), module, leaf
+        return Slot(getattr(module, leaf), module, leaf)
 
     def _measure(self, modules: list[nn.Module]) -> None:
         parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
@@ -271,29 +247,19 @@ class _Loading:
         self.report.largest_unit_bytes = max(self.report.largest_unit_bytes, num_bytes)
 
 
-def _take_over(
-    codes: torch.Tensor, scales: dict[str, torch.Tensor], module: PackedLinear4bit, dtype: torch.dtype, device: Any
-) -> torch.Tensor:
-    """Pack a weight that was stored quantised, byte for byte."""
-    from bitsandbytes.functional import QuantState
-
-    state = QuantState.from_dict(scales, device=device)
-    layout = module.layout
-    if (state.quant_type, state.nested, state.blocksize) != (layout.quant_type, layout.double_quant, layout.blocksize):
-        raise ValueError(
-            f"A stored weight is {state.quant_type}, double_quant={state.nested}, blocksize={state.blocksize}, while "
-            f"config.json says {layout}. Weights and config do not belong together; download both from one revision."
-        )
-    return pack(codes.to(device), state, layout, dtype)
+def _make_room(slots: Slots, device: torch.device) -> dict[str, torch.Tensor]:
+    """Allocate what another rank will send."""
+    return {target: torch.empty_like(slot.tensor, device=device) for target, slot in slots.items()}
 
 
-def _fill(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+def _fill(slot: Slot, tensor: torch.Tensor) -> None:
+    empty, module, leaf = slot
     if leaf in module._buffers:
         module._buffers[leaf] = tensor
-    elif isinstance(module, PackedLinear4bit) and leaf == "weight":
-        module.set_packed(tensor)
+    elif slot.is_packed:
+        cast(PackedLinear4bit, module).set_packed(tensor)
     else:
-        trained = getattr(module, leaf).requires_grad
+        trained = empty.requires_grad
         setattr(module, leaf, nn.Parameter(tensor.float() if trained else tensor, requires_grad=trained))
 
 

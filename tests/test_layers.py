@@ -22,7 +22,7 @@ LAYERS = [
     | {"translation", "watch", "weights"},
     {"adapter_edits", "adapters", "config", "merge_folder", "planner", "recipes", "summary"},
     {"experts", "sharding"},
-    {"blueprint"},
+    {"blueprint", "sources"},
     {"loader", "export", "inputs", "merge_plan"},
     {"merging", "resuming", "checking"},
     {"trainer"},
