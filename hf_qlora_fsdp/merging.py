@@ -19,7 +19,8 @@ in its own way:
 * `"trained"`: the weights rounded to 4 bits and back, exactly those that the adapter saw. The merged model answers as
   the trained one did. Only what was quantised in training is rounded: never embeddings, head or norms.
 
-Which is the better one differs from run to run; how near each is to the trained model is in `benchmarks/merge.csv`.
+How near each is to the trained model is in `benchmarks/merge.csv`. There the original base answers fewer orders right,
+since the adapter has learned to make up for a rounding that is gone; a longer run may come out otherwise.
 
 **Tied weights** stay tied as long as both get the same. An adapter that changes the head alone, or the embedding alone,
 unties them: both are written, and the config says so.

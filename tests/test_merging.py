@@ -714,11 +714,12 @@ def test_help_quotes_the_measured_figures():
     assert set(lines) == {"original", "trained"}
     for base_weights, words in lines.items():
         names = ("loss", "loss above that of the trained model", "standard error of that")
-        names += ("how far a token's log-probability is from the trained model's",)
+        names += ("how far a token's log-probability is from the trained model's", "accuracy")
         figures = [rows[f"merged onto {base_weights}: {name}"]["value"] for name in names]
         assert [word for word in words[1:] if word != "+-"] == figures
     row = rows["trained: 4-bit base and adapter: loss"]
-    assert f"own loss is {row['value']}" in WHICH_BASE and row["date"] in WHICH_BASE
+    accuracy = rows["trained: 4-bit base and adapter: accuracy"]["value"]
+    assert f"own loss is {row['value']}, and {accuracy} of its answers" in WHICH_BASE and row["date"] in WHICH_BASE
     assert all(package.partition("==")[2].partition("+")[0] in WHICH_BASE for package in row["versions"].split())
 
 
