@@ -28,6 +28,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
+
+from .ranks import log_once
 
 ALIGNMENT = 16
 NESTED_BLOCKSIZE = 256
@@ -175,11 +178,37 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, to
 
 
 def dequantize(packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight `[N, K]` in `dtype` from its packed buffer."""
+    """Return the weight `[N, K]` in `dtype` from its packed buffer: in one kernel on GPUs that have Triton."""
+    if packed.is_cuda and (fused := _find_fused(packed.device)):
+        return fused(packed.detach(), layout, dtype)
+    return dequantize_in_parts(packed, layout, dtype)
+
+
+def dequantize_in_parts(packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
+    """Return what `dequantize` does, by the kernels of bitsandbytes: first the scales, then the codes."""
     codes, absmax = unpack(packed, layout)
     return torch.ops.bitsandbytes.dequantize_4bit(
         codes.view(-1, 1), absmax, layout.blocksize, layout.quant_type, layout.shape, dtype
     )
+
+
+@functools.cache
+def _find_fused(device: torch.device) -> Callable[[torch.Tensor, PackedLayout, torch.dtype], torch.Tensor] | None:
+    """Return the fused kernel if it runs on this device and gives the bits of bitsandbytes; it is tried here."""
+    try:
+        from .kernels.nested_dequantize import dequantize_packed
+
+        fused = functools.partial(dequantize_packed, nested_blocksize=NESTED_BLOCKSIZE)
+        layout = PackedLayout((96, 70))
+        probe = quantize(torch.linspace(-1, 1, layout.numel, device=device).view(layout.shape), layout, torch.float32)
+        expected = dequantize_in_parts(probe, layout, torch.bfloat16)
+        if torch.equal(fused(probe, layout, torch.bfloat16), expected):
+            return fused
+        problem = "its numbers are not those of bitsandbytes on this device"
+    except Exception as error:  # no triton, no C compiler for what it generates, a device it does not know
+        problem = f"{type(error).__name__}: {error}"
+    log_once("4-bit weights are dequantised by three kernels each instead of a fused one. %s", problem)
+    return None
 
 
 @functools.lru_cache

@@ -17,12 +17,14 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 # From the bottom up. A folder is one module: what is inside it may import what else is inside it.
 LAYERS = [
     {"errors", "units", "orders"},
-    {"ranks"},
-    {"anatomy", "checkpoints", "compat", "fitting", "kernels", "lora_math", "packing", "random_states", "shards"}
+    {"kernels", "ranks"},
+    {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
     | {"translation", "watch", "weights"},
-    {"adapter_edits", "adapters", "config", "merge_folder", "planner", "recipes", "summary"},
-    {"experts", "sharding"},
+    {"adapter_edits", "adapters", "config", "merge_folder", "planner", "recipes", "staging", "summary"},
+    {"experts", "offload"},
+    {"sharding"},
     {"blueprint", "sources"},
+    {"random_weights"},
     {"loader", "export", "inputs", "merge_plan"},
     {"merging", "resuming", "checking"},
     {"trainer"},

@@ -1,0 +1,116 @@
+"""A packed 4-bit weight becomes a 16-bit one in a single Triton kernel.
+
+bitsandbytes takes three launches for a weight with double quantisation: the 8-bit scales to float32, the offset added
+to them, the codes multiplied by them. Each has its Python, and the scales go through memory twice. Here a program reads
+a few blocks of codes together with their scales, straight from the packed buffer, and writes the weights:
+
+    absmax = map8[absmax8] * nested_absmax + offset          one a block of weights
+    weight = map4[code] * absmax, rounded to the dtype       two a byte, the high half first
+
+**The same bits.** bitsandbytes rounds the first product to float32 before the offset is added, since that happens in
+another kernel. A compiler would fuse the two into one multiply-add that rounds once; `enable_fp_fusion=False` forbids
+it. (Weights below 1.2e-38 are the exception: bitsandbytes is compiled with flushing of subnormal numbers to zero.)
+
+This module needs triton, which comes with CUDA builds of torch and is no requirement: import it where it may be absent.
+
+Shape suffixes: N out_features, K in_features, B blocks of one program, H bytes of a block, W weights of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import bitsandbytes.functional as bnb_functional
+import torch
+import triton  # type: ignore
+import triton.language as tl  # type: ignore
+
+WEIGHTS_PER_PROGRAM = 2048
+"""Eight bytes of codes a thread, so that enough loads are under way to hide the latency of memory."""
+NUM_WARPS = 4
+
+
+@triton.jit
+def _dequantize(
+    packed_ptr,
+    out_ptr,
+    map4_ptr,
+    map8_ptr,
+    numel,
+    codes_bytes,
+    absmax_start,
+    nested_start,
+    offset_start,
+    DOUBLE_QUANT: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    block_B = tl.program_id(0).to(tl.int64) * NUM_BLOCKS + tl.arange(0, NUM_BLOCKS)
+    exists_B = block_B * BLOCKSIZE < numel
+    if DOUBLE_QUANT:
+        nested_ptr = (packed_ptr + nested_start).to(tl.pointer_type(tl.float32))
+        offset_ptr = (packed_ptr + offset_start).to(tl.pointer_type(tl.float32))
+        absmax8_B = tl.load(packed_ptr + absmax_start + block_B, mask=exists_B, other=0).to(tl.int32)
+        nested_B = tl.load(nested_ptr + block_B // NESTED_BLOCKSIZE, mask=exists_B, other=0.0)
+        absmax_B = tl.load(map8_ptr + absmax8_B) * nested_B + tl.load(offset_ptr)
+    else:
+        absmax_ptr = (packed_ptr + absmax_start).to(tl.pointer_type(tl.float32))
+        absmax_B = tl.load(absmax_ptr + block_B, mask=exists_B, other=0.0)
+    byte_BH = block_B[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+    codes_BH = tl.load(packed_ptr + byte_BH, mask=byte_BH < codes_bytes, other=0).to(tl.int32)
+    high_BH = tl.load(map4_ptr + (codes_BH >> 4)) * absmax_B[:, None]
+    low_BH = tl.load(map4_ptr + (codes_BH & 15)) * absmax_B[:, None]
+    weights_BW = tl.interleave(high_BH, low_BH).to(out_ptr.dtype.element_ty)
+    index_BW = block_B[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    tl.store(out_ptr + index_BW, weights_BW, mask=index_BW < numel)
+
+
+def dequantize_packed(packed: torch.Tensor, layout: Any, dtype: torch.dtype, *, nested_blocksize: int) -> torch.Tensor:
+    """Return the weight of a packed buffer.
+
+    Args:
+        packed (`torch.Tensor`): The buffer, contiguous, in any dtype.
+        layout (`PackedLayout`): What lies where in it.
+        dtype (`torch.dtype`): Dtype of the result.
+        nested_blocksize (`int`): Scales that share one second-level scale.
+    Returns:
+        `torch.Tensor`: The weight `[N, K]`, on the device of the buffer.
+    """
+    device = packed.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # triton launches on the current device
+            return dequantize_packed(packed, layout, dtype, nested_blocksize=nested_blocksize)
+    out = torch.empty(layout.shape, dtype=dtype, device=device)
+    map4, map8 = _load_maps(layout.quant_type, device)
+    absmax_start, nested_start, offset_start, _ = layout.offsets
+    numel, blocksize = layout.numel, layout.blocksize
+    num_blocks = max(1, WEIGHTS_PER_PROGRAM // blocksize)
+    _dequantize[(-(-numel // (num_blocks * blocksize)),)](
+        packed.view(torch.uint8),
+        out,
+        map4,
+        map8,
+        numel,
+        layout.codes_bytes,
+        absmax_start,
+        nested_start,
+        offset_start,
+        DOUBLE_QUANT=layout.double_quant,
+        BLOCKSIZE=blocksize,
+        NESTED_BLOCKSIZE=nested_blocksize,
+        NUM_BLOCKS=num_blocks,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+@functools.cache
+def _load_maps(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the 16 values of the 4-bit type and the 256 of bitsandbytes' signed dynamic 8-bit type."""
+    map4 = bnb_functional.get_4bit_type(quant_type, device="cpu")
+    if quant_type == "fp4":
+        map4[8] = -0.0  # the sign is a bit of its own, for zero too (bitsandbytes csrc/kernels.cu, dDequantizeFP4Tree)
+    return map4.to(device), bnb_functional.create_dynamic_map().to(device)

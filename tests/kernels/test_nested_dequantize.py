@@ -1,0 +1,145 @@
+"""The fused kernel gives the bits of bitsandbytes: on a GPU, in Triton's interpreter, and by its instructions.
+
+Triton is no requirement, so two of these tests run where it happens to be installed. Its interpreter rounds nothing to
+bfloat16 (it cuts the bits off), so there the other two dtypes are compared; that the compiled kernel rounds to nearest,
+and rounds each product before a sum, can be read in its instructions, for which no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import get_4bit_type
+
+from hf_qlora_fsdp import packing
+from hf_qlora_fsdp.packing import NESTED_BLOCKSIZE, PackedLayout, dequantize, dequantize_in_parts, quantize, unpack
+
+# Whole nested blocks and programs; a last nested block that is not full; a last block that is not full; an odd number
+# of weights, so that half a byte is left over; one block that is all there is.
+SHAPES = [(256, 256), (192, 320), (96, 70), (33, 65), (5, 7), (6, 4)]
+KINDS = list(itertools.product(["nf4", "fp4"], [True, False]))
+BLOCKSIZES = [64, 128, 4096]
+LAYOUTS = [PackedLayout(shape, *kind, size) for shape in SHAPES for kind in KINDS for size in BLOCKSIZES]
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def make_packed(layout: PackedLayout, device: str = "cpu") -> torch.Tensor:
+    """Return a packed weight with blocks of zeros and of very different sizes."""
+    torch.manual_seed(0)
+    weight = torch.randn(layout.shape) * torch.logspace(-3, 1, layout.shape[0])[:, None]
+    weight[layout.shape[0] // 2] = 0
+    return quantize(weight.to(device), layout, torch.bfloat16)
+
+
+def dequantize_by_definition(packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
+    """Return what the weight is: the value of each code times the scale of its block, rounded once."""
+    codes, absmax = unpack(packed, layout)
+    values = get_4bit_type(layout.quant_type, device="cpu")[torch.stack([codes >> 4, codes & 15], 1).flatten().int()]
+    scales = absmax.repeat_interleave(layout.blocksize)
+    return (values[: layout.numel] * scales[: layout.numel]).to(dtype).view(layout.shape)
+
+
+def compare_bits(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    bits = torch.int32 if mine.dtype == torch.float32 else torch.int16
+    return mine.dtype == theirs.dtype and torch.equal(mine.view(bits), theirs.view(bits))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bits_are_those_of_bitsandbytes_on_a_gpu(dtype):
+    pytest.importorskip("triton")
+    fused = packing._find_fused(torch.device("cuda", 0))
+    assert fused is not None
+    for layout in [*LAYOUTS, PackedLayout((4096, 4097))]:
+        packed = make_packed(layout, "cuda:0")
+        expected = dequantize_in_parts(packed, layout, dtype)
+        assert compare_bits(fused(packed, layout, dtype), expected), layout
+        assert compare_bits(dequantize(packed, layout, dtype), expected), layout
+
+
+def interpret() -> None:
+    """Run the kernel in Triton's interpreter, in a process that was started with TRITON_INTERPRET=1.
+
+    The CPU kernel of bitsandbytes 0.50 takes wrong scales for some layouts, as rows of 192 weights in blocks of 128, so
+    it is compared only at the usual size of blocks.
+    """
+    from hf_qlora_fsdp.kernels.nested_dequantize import dequantize_packed
+
+    torch.compiler.set_stance("force_eager")  # bitsandbytes compiles its CPU code for each layout
+    for layout, dtype in itertools.product(LAYOUTS, [torch.float16, torch.float32]):
+        packed = make_packed(layout)
+        mine = dequantize_packed(packed, layout, dtype, nested_blocksize=NESTED_BLOCKSIZE)
+        assert torch.equal(mine, dequantize_by_definition(packed, layout, dtype)), (layout, dtype)
+        if layout.blocksize == 64:
+            assert torch.equal(mine, dequantize_in_parts(packed, layout, dtype)), (layout, dtype)
+    print(f"compared {len(LAYOUTS)} layouts")
+
+
+@needs_triton
+def test_numbers_are_those_of_bitsandbytes_in_the_interpreter():
+    command = [sys.executable, "-c", f"from {__name__} import interpret; interpret()"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
+    assert f"compared {len(LAYOUTS)} layouts" in done.stdout, done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("compute_capability", [80, 90])
+def test_products_are_rounded_before_they_are_added(compute_capability):
+    """The option that the launch passes is what keeps the compiler from a multiply-add, which rounds once."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from hf_qlora_fsdp.kernels.nested_dequantize import NUM_WARPS, _dequantize
+
+    constants = {"DOUBLE_QUANT": True, "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE, "NUM_BLOCKS": 32}
+    pointers = {"packed_ptr": "*u8", "out_ptr": "*bf16", "map4_ptr": "*fp32", "map8_ptr": "*fp32"}
+    signature = {
+        name: pointers.get(name, "constexpr" if name in constants else "i32") for name in _dequantize.arg_names
+    }
+    source = triton.compiler.ASTSource(_dequantize, signature, constexprs=constants)
+    target = GPUTarget("cuda", compute_capability, 32)
+
+    def compile_with(fusion: bool) -> str:
+        options = {"num_warps": NUM_WARPS, "enable_fp_fusion": fusion}
+        return triton.compile(source, target=target, options=options).asm["ptx"]
+
+    assert "fma." in compile_with(True)
+    instructions = compile_with(False)
+    assert "fma." not in instructions and "mul.rn.f32" in instructions and "add.rn.f32" in instructions
+    assert set(re.findall(r"cvt\.\w+\.bf16\w*\.f32", instructions)) <= {"cvt.rn.bf16x2.f32", "cvt.rn.bf16.f32"}
+
+
+def test_without_triton_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "hf_qlora_fsdp.kernels.nested_dequantize", raising=False)
+    packing._find_fused.cache_clear()
+    with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
+        assert packing._find_fused(torch.device("cpu")) is None
+        assert packing._find_fused(torch.device("cpu")) is None
+    packing._find_fused.cache_clear()
+    assert len(caplog.messages) == 1 and "triton" in caplog.messages[0]
+
+
+@needs_triton
+def test_a_kernel_with_other_numbers_is_not_used(monkeypatch, caplog):
+    from hf_qlora_fsdp.kernels import nested_dequantize
+
+    wrong = lambda packed, layout, dtype, nested_blocksize: torch.zeros(layout.shape, dtype=dtype)  # noqa: E731
+    monkeypatch.setattr(nested_dequantize, "dequantize_packed", wrong)
+    packing._find_fused.cache_clear()
+    with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
+        assert packing._find_fused(torch.device("cpu")) is None
+    packing._find_fused.cache_clear()
+    assert "not those of bitsandbytes" in caplog.text
