@@ -42,6 +42,7 @@ from .anatomy import Unit, plan_units
 from .blueprint import build_quantized_meta_model
 from .fitting import Need, available_bytes, check_fits
 from .packing import PackedLinear4bit
+from .random_weights import draw_weights
 from .ranks import fail_together, join_process_group, local_world_size, rank
 from .sharding import (
     ShardingPolicy,
@@ -86,6 +87,7 @@ def load_quantized_model(
     key_mapping: dict[str, str] | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
+    random_weights: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a causal LM in 4 bits, sharded over all ranks, without any rank ever holding it.
@@ -102,6 +104,8 @@ def load_quantized_model(
         key_mapping (`dict[str, str]`, *optional*): Renamings of checkpoint tensors, as in `from_pretrained`.
         trust_remote_code (`bool`): Whether code from the model's repository may run.
         progress (`bool`): Show a progress bar on rank 0.
+        random_weights (`bool`): Draw the weights on the device instead of reading them (`random_weights.py`). Only the
+            config is opened, which `model_id_or_path` may then name itself.
         **kwargs: What `from_pretrained` takes: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`,
             `attn_implementation`, `use_kernels`, and values that override the config's.
     Returns:
@@ -124,8 +128,11 @@ def load_quantized_model(
         model = build_quantized_meta_model(
             model_id_or_path, quantization_config, dtype, trust_remote_code=trust_remote_code, hub=hub, **kwargs
         )
-        weights = Weights(find_weights(model_id_or_path, **hub))
-        loading = _Loading(model, plan_checkpoint(model, weights, dtype, key_mapping), policy, mesh)
+        if random_weights:
+            source = draw_weights(model, dtype)
+        else:
+            source = plan_checkpoint(model, Weights(find_weights(model_id_or_path, **hub)), dtype, key_mapping)
+        loading = _Loading(model, source, policy, mesh)
         free = available_bytes(loading.device, with_swap=not policy.cpu_offload_pin_memory)
         check_fits(model_id_or_path, loading.need(), mesh.device_type, free)
     loading.run(peft_config, progress)
@@ -133,7 +140,8 @@ def load_quantized_model(
     loading.report.seconds = time.monotonic() - started
     root.load_report = loading.report
     model.set_use_kernels(kernels.pop("use_kernels", False), **kernels)
-    _adopt_generation_config(model, model_id_or_path, hub)
+    if not random_weights:
+        _adopt_generation_config(model, model_id_or_path, hub)
     root.eval()
     return root
 

@@ -1,0 +1,63 @@
+"""Random weights instead of a checkpoint's: the real shapes, and nothing to download.
+
+Whether a model fits, and how fast it trains, depends on the shapes of its weights and not on their values, and the
+shapes are all in `config.json`. So a source that draws each weight on the device that quantises it, in the dtype that a
+checkpoint's would have there, loads like a checkpoint: the same pieces in the same units, the same quantisation and
+exchange, the same peak. Only the reading is missing.
+
+Matrices are normal with the config's own spread, norms one, biases zero: as at the start of pretraining, so that the
+first loss is about log(vocabulary) and every kernel sees ordinary numbers. A weight depends on its name and the seed
+alone, never on the rank that happens to draw it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from .recipes import logical_shape
+from .sources import Piece, Slots, Source, finish
+
+_DEFAULT_STD = 0.02
+"""What most configs say, and all that say nothing mean (`initializer_range` in transformers)."""
+
+
+def draw_weights(model: PreTrainedModel, param_dtype: torch.dtype, seed: int = 0) -> Source:
+    """Plan a model of random weights, one piece a parameter.
+
+    Args:
+        model (`PreTrainedModel`): The model, on the meta device, its 4-bit layers in place.
+        param_dtype (`torch.dtype`): Dtype in which weights are drawn and quantised.
+        seed (`int`): The same seed gives the same weights, over any number of ranks.
+    Returns:
+        `Source`: Its pieces count the bytes of a checkpoint in `param_dtype`; none of them is read.
+    """
+    std = getattr(model.config.get_text_config(), "initializer_range", None) or _DEFAULT_STD
+    buffers, tied = dict(model.named_buffers()), model.all_tied_weights_keys
+    pieces = []
+    for name in model.state_dict():
+        if name in tied or name in buffers:  # a buffer has the value that it was built with
+            continue
+        shape = logical_shape(model, name)
+        num_bytes = math.prod(shape) * param_dtype.itemsize
+        # As for a checkpoint in `param_dtype`: the weight as it is stored, and once more while it is quantised.
+        pieces.append(Piece((name,), num_bytes, 2 * num_bytes, partial(_draw, shape, std, param_dtype, seed)))
+    return Source(pieces, lambda: 0)
+
+
+def _draw(
+    shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, slots: Slots, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Make one parameter."""
+    ((name, slot),) = slots.items()
+    drawn = torch.empty(shape, dtype=dtype, device=device)
+    if len(shape) > 1:
+        own_seed = hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]
+        drawn.normal_(0, std, generator=torch.Generator(device).manual_seed(int.from_bytes(own_seed, "little") >> 1))
+    else:
+        drawn.fill_(0 if slot.leaf == "bias" else 1)
+    return {name: finish(drawn, slot, device)}
