@@ -4,7 +4,6 @@ At small batches a GPU waits for Python, at large ones for memory. Both want the
 
 - `nested_dequantize.py`: a packed weight becomes 16-bit in one kernel, where bitsandbytes takes three.
 - `lora_linear.py`: base product and low-rank part as one function, the second added into the first.
-- `swiglu.py`: the three layers of a gated MLP as one function, which keeps less for the backward.
 
-Nothing here knows what a layer of PEFT looks like; `fusion.py`, beside this folder, binds these functions to layers.
+Nothing here knows what a layer of PEFT looks like, or how one is packed.
 """

@@ -1,0 +1,110 @@
+"""A frozen 4-bit layer and its adapter as one function: y = x W' + b + s (x A') B'.
+
+PEFT's layer runs the base, clones its result, runs A, runs B, scales, and adds: four passes over the output beside the
+product, and the same again for gradients. Here the low-rank part is added where the base product lies, by the matrix
+product itself (`addmm_`), which also multiplies by s while it still holds float32 sums. So nothing is copied, and
+numbers are rounded less often:
+
+    forward     h = x A'         y = x W' + b         y += s h B'
+    backward    dh = s dy B      dx = dy W            dx += dh A         dA = dh' x        dB = s dy' h
+
+**What is kept for the backward** is x itself, which other layers that read it keep as well, and h, which is thin. The
+16-bit weight is made again, and the packed one, A and B are fetched from their modules again: FSDP has gathered them
+anew by then, and what autograd keeps would be copied to the host by activation offloading.
+
+Shape suffixes: T tokens, N out_features, K in_features, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LoraWeights:
+    """Where the weights of one layer are found, now and again in the backward.
+
+    Args:
+        base (`packing.PackedLinear4bit`): The frozen layer: `weight`, `bias` and `dequantize(dtype)`.
+        lora_a (`nn.Linear`): A, its weight `[R, K]`.
+        lora_b (`nn.Linear`): B, its weight `[N, R]`.
+    """
+
+    __slots__ = ("base", "lora_a", "lora_b")
+
+    def __init__(self, base: Any, lora_a: nn.Linear, lora_b: nn.Linear) -> None:
+        self.base = base
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+
+
+def forward_product(
+    x: torch.Tensor, weights: LoraWeights, a_RK: torch.Tensor, b_NR: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y `[..., N]` and h `[T, R]` for x `[..., K]`."""
+    base = weights.base
+    bias = base.bias
+    y = nn.functional.linear(x, base.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    h_TR = x.reshape(-1, x.shape[-1]).mm(a_RK.t())
+    y.view(-1, y.shape[-1]).addmm_(h_TR, b_NR.t(), alpha=scaling)
+    return y, h_TR
+
+
+def backward_through_b(dy_TN: torch.Tensor, weights: LoraWeights, scaling: float) -> torch.Tensor:
+    """Return dh `[T, R]`, the gradient of what A puts out, for dy `[T, N]`."""
+    b_NR = weights.lora_b.weight
+    return dy_TN.new_empty(dy_TN.shape[0], b_NR.shape[1]).addmm_(dy_TN, b_NR, beta=0, alpha=scaling)
+
+
+def backward_to_input(dy_TN: torch.Tensor, dh_TR: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
+    """Return dx `[T, K]`."""
+    return dy_TN.mm(weights.base.dequantize(dy_TN.dtype)).addmm_(dh_TR, weights.lora_a.weight)
+
+
+def backward_to_b(dy_TN: torch.Tensor, h_TR: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return dB `[N, R]`."""
+    return dy_TN.new_empty(dy_TN.shape[1], h_TR.shape[1]).addmm_(dy_TN.t(), h_TR, beta=0, alpha=scaling)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a_RK, b_NR, weights, scaling):
+        y, h_TR = forward_product(x, weights, a_RK, b_NR, scaling)
+        _, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_a else None, h_TR if needs_b else None)
+        ctx.weights, ctx.scaling, ctx.x_shape = weights, scaling, x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        weights, scaling = ctx.weights, ctx.scaling
+        needs_x, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        x, h_TR = ctx.saved_tensors
+        dy_TN = dy.reshape(-1, dy.shape[-1])
+        dx = da_RK = db_NR = None
+        if needs_b:
+            db_NR = backward_to_b(dy_TN, h_TR, scaling)
+        if needs_x or needs_a:
+            dh_TR = backward_through_b(dy_TN, weights, scaling)
+        if needs_a:
+            da_RK = dh_TR.t().mm(x.reshape(-1, x.shape[-1]))
+        if needs_x:
+            dx = backward_to_input(dy_TN, dh_TR, weights).view(ctx.x_shape)
+        return dx, da_RK, db_NR, None, None
+
+
+def apply_lora_linear(x: torch.Tensor, weights: LoraWeights, scaling: float) -> torch.Tensor:
+    """Return what a 4-bit layer with its adapter puts out.
+
+    Args:
+        x (`torch.Tensor`): Input `[..., K]`, in the dtype of A and B, which is that of the product.
+        weights (`LoraWeights`): The layer. Its bias is not trained.
+        scaling (`float`): s.
+    Returns:
+        `torch.Tensor`: Output `[..., N]`. Gradients reach x, A and B.
+    Source:
+        LoRA, arXiv:2106.09685, equation 3.
+    """
+    return _LoraLinear.apply(x, weights.lora_a.weight, weights.lora_b.weight, weights, scaling)
