@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 
 from .lora_math import Edit
 from .packing import PackedLinear4bit
+from .quantization import QUANTIZATION_FILE, read_quantization
 from .weights import Weights
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -53,7 +54,8 @@ _NOT_ONE_MATRIX = {
 
 
 class Adapter:
-    """A PEFT adapter in a folder or on the Hub: its config, and its tensors, read one at a time.
+    """A PEFT adapter in a folder or on the Hub: its config, how its base was quantised if that was written down, and
+    its tensors, read one at a time.
 
     Args:
         source (`str`): Folder or Hub id.
@@ -81,6 +83,8 @@ class Adapter:
                 "opened, since a pickle can run code. Save it again with a current PEFT, which writes safetensors."
             )
         self.weights = Weights([self.file])
+        recorded = cached_file(source, QUANTIZATION_FILE, **quiet)
+        self.quantization: dict[str, Any] = read_quantization(recorded) if recorded else {}
         if not self.weights.tensors:
             raise ValueError(
                 f"{self.file!r} holds no tensors, so merging it would change nothing: whatever wrote it did not find "

@@ -13,8 +13,7 @@ from .demo import add_arguments as add_demo_arguments
 WHICH_BASE = """\
 which base:
   trained    the weights that the adapter was trained on, quantised and dequantised as in training. Take it where the
-             merged model shall answer as the trained one did when it was evaluated. Say how the base was quantised if
-             that was not by default.
+             merged model shall answer as the trained one did when it was evaluated.
   original   the base's own weights, without the rounding that the adapter was trained on top of and has learned to
              make up for. Take it to quantise the merged model in another way, or to go on training in 16 bits, and
              evaluate what you get.
@@ -88,16 +87,23 @@ def _add_merge(commands: Any) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the output (default: the base's)"
     )
     merge.add_argument("--save-4bit", action="store_true", help="write a checkpoint in 4 bits, as bitsandbytes does")
-    merge.add_argument(
-        "--quant-type", choices=("nf4", "fp4"), default="nf4", help="in training, in the output (%(default)s)"
+    trained = merge.add_argument_group(
+        "how the base was quantised in training, and how a 4-bit output is",
+        "Adapters trained with this package say it themselves, in base_quantization.json.",
     )
-    merge.add_argument("--no-double-quant", action="store_true", help="the block scales were, and will be, in float32")
-    merge.add_argument("--skip-modules", nargs="*", metavar="NAME", help="left in 16 bits (default: the head)")
-    merge.add_argument(
+    trained.add_argument("--quant-type", choices=("nf4", "fp4"), help="(default: what is recorded, else nf4)")
+    trained.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        help="whether block scales are quantised as well (default: what is recorded, else yes)",
+    )
+    trained.add_argument(
+        "--skip-modules", nargs="*", metavar="NAME", help="left in 16 bits (default: what is recorded, else the head)"
+    )
+    trained.add_argument(
         "--compute-dtype",
         choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="param_dtype of the training (%(default)s)",
+        help="param_dtype of the training (default: what is recorded, else bfloat16)",
     )
     merge.add_argument("--device", help="where to compute (default: a GPU if there is one)")
     merge.set_defaults(run=_run_merge)
@@ -114,7 +120,7 @@ def _run_merge(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         save_4bit=args.save_4bit,
         quant_type=args.quant_type,
-        double_quant=not args.no_double_quant,
+        double_quant=args.double_quant,
         skip_modules=args.skip_modules,
         compute_dtype=args.compute_dtype,
         device=args.device,

@@ -8,6 +8,8 @@ Wrappers put their names into those of the parameters (`_checkpoint_wrapped_modu
 tensor of its own and writes an empty file without an error. Here the names are stripped, the tensors written are
 counted against the tensors trained, and an adapter that lacks one is not written.
 
+Beside each adapter lies `base_quantization.json`, which says how the base was quantised (`quantization.py`).
+
 The optimizer's states are saved likewise: whole tensors under the names of their parameters, in one safetensors file,
 which any number of ranks can read back and cut for itself.
 """
@@ -31,7 +33,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import EmptyAdapterError
+from .packing import PackedLinear4bit
+from .quantization import write_quantization
 from .ranks import fail_together, rank
+from .sharding import base_model
+from .units import format_dtype
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 OPTIMIZER_VALUES = "optimizer.json"
@@ -102,12 +108,40 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
                 selected_adapters=trained_adapters(model),
                 save_embedding_layers=False,
             )
+            quantization = describe_quantization(model)
+            for name in trained_adapters(model) if quantization else ():
+                write_quantization(_adapter_folder(folder, name), quantization)
+
+
+def describe_quantization(model: PeftModel) -> dict[str, Any]:
+    """Return how the base of a model is quantised, by the names in `quantization.FIELDS`.
+
+    Its layers are asked, not its config: in a model that a script has loaded, the config's dtype is not the one that
+    matrices are multiplied in. A model without packed layers gives an empty dict.
+    """
+    base: Any = base_model(model)
+    layers = [module for module in base.modules() if isinstance(module, PackedLinear4bit)]
+    if not layers:
+        return {}
+    kinds = {(layer.layout.quant_type, layer.layout.double_quant, layer.compute_dtype) for layer in layers}
+    assert len(kinds) == 1, f"layers are quantised in several ways: {kinds}"
+    ((quant_type, double_quant, compute_dtype),) = kinds
+    return {
+        "quant_type": quant_type,
+        "double_quant": double_quant,
+        "compute_dtype": format_dtype(compute_dtype),
+        "skip_modules": sorted(set(base.hf_quantizer.modules_to_not_convert)),
+    }
+
+
+def _adapter_folder(folder: str | os.PathLike[str], adapter_name: str) -> Path:
+    return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
 
 
 def load_adapters(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Read back all that `save_adapter` has written: `"default"` from the top, others from folders of their own."""
     for name in trained_adapters(model):
-        load_adapter(model, folder if name == "default" else Path(folder) / name, name)
+        load_adapter(model, _adapter_folder(folder, name), name)
 
 
 def load_adapter(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:

@@ -24,6 +24,7 @@ from .anatomy import build_meta_model, is_tied, keep_in_float32
 from .blueprint import pack_linear_layers
 from .lora_math import Edit, same_effect
 from .packing import PackedLinear4bit
+from .quantization import FIELDS, QUANTIZATION_FILE
 from .ranks import log_once
 from .recipes import Recipe, logical_shape, plan_recipes
 from .shards import read_dtypes
@@ -128,7 +129,13 @@ class MergePlan:
         compute_dtype = self.options.compute_dtype
         quantizer = pack_linear_layers(model, self.quantization, self.pre_quantized, compute_dtype, torch.uint8)
         if not self.pre_quantized:
-            self.quantization.llm_int8_skip_modules = sorted(quantizer.modules_to_not_convert)
+            skipped = self.quantization.llm_int8_skip_modules = sorted(set(quantizer.modules_to_not_convert))
+            recorded = self.adapter.quantization.get("skip_modules", skipped)
+            if self.options.trained and skipped != recorded:
+                raise ValueError(
+                    f"skip_modules would leave {skipped} in 16 bits, but {QUANTIZATION_FILE} in "
+                    f"{self.adapter.source!r} says that {recorded} were left so in training. Leave skip_modules out."
+                )
         return model
 
     def _settle_tied(self, edits: dict[str, Edit]) -> dict[str, str]:
@@ -205,6 +212,17 @@ class MergePlan:
         if self.options.dtype is None or any(part in target for part in self._float32_parts):
             return dtype
         return self.options.dtype if dtype.is_floating_point else dtype
+
+
+def read_stored_quantization(config: PretrainedConfig) -> dict[str, Any]:
+    """Return how a base is stored in 4 bits, by the names in `quantization.FIELDS`; of any other base, nothing."""
+    stored: Any = getattr(config, "quantization_config", None) or {}
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    if not fields.get("load_in_4bit"):
+        return {}
+    settled = BitsAndBytesConfig.from_dict(dict(fields))
+    # All but the dtype that matrices are multiplied in, which is the training's.
+    return {name: getattr(settled, FIELDS[name]) for name in ("quant_type", "double_quant", "skip_modules")}
 
 
 def settle_quantization(stored: Any, options: MergeOptions) -> BitsAndBytesConfig | None:

@@ -46,8 +46,9 @@ from transformers.utils.hub import cached_file
 from .adapter_edits import Adapter
 from .lora_math import apply_edit
 from .merge_folder import ADAPTER_HUB, MergeFolder, fingerprint_checkpoint, hash_files
-from .merge_plan import MergeOptions, MergePlan, Slot
+from .merge_plan import MergeOptions, MergePlan, Slot, read_stored_quantization
 from .packing import PackedLayout, dequantize, pack, quantize
+from .quantization import QUANTIZATION_FILE, settle
 from .shards import ShardWriter, write_json
 from .units import format_dtype
 from .weights import Weights, find_weights
@@ -65,10 +66,10 @@ def merge_adapter(
     base_weights: str = "original",
     dtype: str | torch.dtype | None = None,
     save_4bit: bool = False,
-    quant_type: str = "nf4",
-    double_quant: bool = True,
+    quant_type: str | None = None,
+    double_quant: bool | None = None,
     skip_modules: list[str] | None = None,
-    compute_dtype: str | torch.dtype = "bfloat16",
+    compute_dtype: str | torch.dtype | None = None,
     progress: bool = True,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
@@ -87,7 +88,8 @@ def merge_adapter(
         dtype (`str` or `torch.dtype`, *optional*): Of what is written. Defaults to that of each base tensor.
         save_4bit (`bool`): Write a checkpoint quantised by bitsandbytes.
         quant_type, double_quant, skip_modules, compute_dtype: How the base was quantised in training, and how a 4-bit
-            output is; see `MergeOptions`. A base stored in 4 bits brings all of it but `compute_dtype`.
+            output is; see `MergeOptions`. Adapters that this package has written say it themselves (`quantization.py`),
+            and a base stored in 4 bits brings all of it but `compute_dtype`. Default to NF4 with double quantisation.
         progress (`bool`): Show a progress bar.
         device (`str`, *optional*): Where to compute. Defaults to a GPU if there is one.
         trust_remote_code (`bool`): Whether code from the model's repository may run.
@@ -95,21 +97,32 @@ def merge_adapter(
     Returns:
         `Path`: The folder.
     Raises:
-        ValueError: The adapter or the base cannot be merged rightly, or the folder is somebody else's. Says why.
+        ValueError: The adapter or the base cannot be merged rightly, adapter, base and arguments contradict each other
+            in how the base was quantised, or the folder is somebody else's. Says why.
     """
     if base_weights not in BASES:
         raise ValueError(f"base_weights={base_weights!r} is neither of the two bases there are. Write one of {BASES}.")
-    options = MergeOptions(
-        trained=base_weights == "trained",
-        dtype=_parse_dtype("dtype", dtype),
-        save_4bit=save_4bit,
-        quant_type=quant_type,
-        double_quant=double_quant,
-        skip_modules=None if skip_modules is None else tuple(skip_modules),
-        compute_dtype=_parse_dtype("compute_dtype", compute_dtype) or torch.bfloat16,
-    )
+    written_dtype, computed = _parse_dtype("dtype", dtype), _parse_dtype("compute_dtype", compute_dtype)
     delta = Adapter(str(adapter), **{name: hub[name] for name in ADAPTER_HUB if name in hub})
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **hub)
+    said: dict[str, Any] = {"quant_type": quant_type, "double_quant": double_quant, "skip_modules": skip_modules}
+    said["compute_dtype"] = _as_json(computed)
+    sources = {
+        f"{QUANTIZATION_FILE} in {delta.source!r}": delta.quantization,
+        f"config.json of {base!r}": read_stored_quantization(config),
+    }
+    trained = base_weights == "trained"
+    settled = settle(said, sources, trained)
+    skipped = settled["skip_modules"]
+    options = MergeOptions(
+        trained=trained,
+        dtype=written_dtype,
+        save_4bit=save_4bit,
+        quant_type=settled["quant_type"],
+        double_quant=settled["double_quant"],
+        skip_modules=None if skipped is None else tuple(skipped),
+        compute_dtype=_parse_dtype("compute_dtype", settled["compute_dtype"]) or torch.bfloat16,
+    )
     config_file, files = str(cached_file(base, "config.json", **hub)), find_weights(base, **hub)
     plan = MergePlan(config, Weights(files), delta, options, trust_remote_code)
     identity = {

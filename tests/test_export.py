@@ -123,6 +123,7 @@ def test_checkpoints_hold_the_adapter_and_not_the_base(saved: list[dict[str, dic
     assert names == {
         ADAPTER,
         "adapter_config.json",
+        "base_quantization.json",
         "optimizer.safetensors",
         "optimizer.json",
         "scheduler.json",

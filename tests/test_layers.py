@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "units", "orders"},
     {"kernels", "ranks"},
     {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
-    | {"translation", "watch", "weights"},
+    | {"quantization", "translation", "watch", "weights"},
     {"adapter_edits", "adapters", "config", "merge_folder", "planner", "recipes", "staging", "summary"},
     {"experts", "offload"},
     {"sharding"},
