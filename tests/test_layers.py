@@ -19,9 +19,11 @@ LAYERS = [
     {"errors", "units", "orders"},
     {"kernels", "ranks"},
     {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
-    | {"quantization", "translation", "watch", "weights"},
+    | {"grouping", "quantization", "translation", "watch", "weights"},
+    {"expert_lora", "expert_stacks"},
+    {"experts"},
     {"adapter_edits", "adapters", "config", "merge_folder", "planner", "recipes", "staging", "summary"},
-    {"experts", "offload"},
+    {"offload"},
     {"sharding"},
     {"blueprint", "sources"},
     {"random_weights"},

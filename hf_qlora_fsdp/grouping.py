@@ -1,0 +1,156 @@
+"""Rows and the matrices they belong to: the products of a mixture of experts.
+
+A router sends every token to a few experts. Sorted by expert, the rows of one expert lie together, and a layer is a
+product of groups: rows 0..11 times the matrix of expert 0, rows 12..14 times that of expert 1, and so on. An expert
+that nobody was sent to is a group of no rows; nothing is computed for it, and its gradient is zero, not missing: all
+ranks have to reduce the gradients of the same parameters.
+
+There are two ways to compute such a product. A **loop** takes one group after the other. `grouped_mm` of torch takes
+all of them in one launch, which matters for many small experts. It wants rows of a multiple of 16 bytes and, on GPUs,
+bfloat16 and compute capability 8.0; elsewhere the loop does the same.
+
+Shape suffixes: S rows (tokens times experts a token), G groups, K and N the columns of input and output.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import grouped_mm
+
+from .ranks import log_once
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which rows belong to which matrix.
+
+    Args:
+        bounds (`list[int]`): First row of each group, and the number of rows, on the host.
+        ends (`torch.Tensor`): First row after each group, `[G]` (int32), on the device of the rows.
+        fused (`bool`): Whether to use `grouped_mm` where it can be used.
+    """
+
+    bounds: list[int]
+    ends: torch.Tensor
+    fused: bool = False
+
+    @classmethod
+    def count(cls, group_of_row: torch.Tensor, num_groups: int, fused: bool = False) -> Groups:
+        """Count the rows of each group.
+
+        Waits for the device: which experts are hit has to be known to dequantise no others.
+
+        Args:
+            group_of_row (`torch.Tensor`): Group of each row, `[S]`, in ascending order.
+            num_groups (`int`): How many groups there are.
+            fused (`bool`): See `Groups`.
+        """
+        sizes = torch.bincount(group_of_row, minlength=num_groups)
+        assert len(sizes) == num_groups, "rows of groups that do not exist"
+        ends = sizes.cumsum(0, dtype=torch.int32)
+        return cls([0, *ends.tolist()], ends, fused)
+
+    def rows(self, start: int, stop: int) -> slice:
+        """Return the rows of the groups from `start` up to `stop`."""
+        return slice(self.bounds[start], self.bounds[stop])
+
+    def hit_runs(self, longest: int) -> Iterator[tuple[int, int]]:
+        """Yield runs of neighbouring groups that have rows, as `(start, stop)`, of at most `longest` groups."""
+
+        def is_hit(group: int) -> bool:
+            return self.bounds[group] < self.bounds[group + 1]
+
+        for hit, run in itertools.groupby(range(len(self.bounds) - 1), key=is_hit):
+            groups = list(run) if hit else []
+            for first in range(0, len(groups), longest):
+                chunk = groups[first : first + longest]
+                yield chunk[0], chunk[-1] + 1
+
+
+def can_fuse(x_SK: torch.Tensor, w_GKN: torch.Tensor) -> bool:
+    """Return whether `grouped_mm` takes these, and say so once if it does not.
+
+    Source:
+        `_can_use_grouped_mm` (transformers/integrations/moe.py), and the checks of `torch.nn.functional.grouped_mm`.
+    """
+    if x_SK.device.type == "cuda" and (
+        x_SK.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x_SK.device) < (8, 0)
+    ):
+        log_once("grouped_mm needs bfloat16 and a GPU of compute capability 8.0: experts take turns instead.")
+        return False
+    if any(columns * x_SK.dtype.itemsize % 16 for columns in w_GKN.shape[1:]):
+        log_once(
+            "grouped_mm needs rows of a multiple of 16 bytes, and the matrices of experts are %d x %d here (one may be "
+            "a LoRA rank): experts take turns instead.",
+            *w_GKN.shape[1:],
+        )
+        return False
+    return True
+
+
+def multiply_groups(x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups, start: int, out_SN: torch.Tensor) -> None:
+    """Write the product of neighbouring groups, those from `start` on, to their rows of `out_SN`. Not differentiable.
+
+    Args:
+        x_SK (`torch.Tensor`): All rows.
+        w_GKN (`torch.Tensor`): The matrices of these groups alone.
+        groups (`Groups`): Which rows belong to which group.
+        start (`int`): The first of these groups.
+        out_SN (`torch.Tensor`): All rows of the result.
+    """
+    stop = start + len(w_GKN)
+    rows = groups.rows(start, stop)
+    if groups.fused and can_fuse(x_SK, w_GKN):
+        out_SN[rows] = grouped_mm(x_SK[rows].contiguous(), w_GKN, offs=groups.ends[start:stop] - rows.start)
+        return
+    for group, w_KN in enumerate(w_GKN, start):
+        rows = groups.rows(group, group + 1)
+        torch.mm(x_SK[rows], w_KN, out=out_SN[rows])
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """y = x @ w for every group, with the gradients of both."""
+
+    @staticmethod
+    def forward(ctx, x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups) -> torch.Tensor:
+        ctx.save_for_backward(x_SK, w_GKN)
+        ctx.groups = groups
+        out_SN = x_SK.new_empty(len(x_SK), w_GKN.shape[2])
+        multiply_groups(x_SK, w_GKN, groups, 0, out_SN)
+        return out_SN
+
+    @staticmethod
+    def backward(ctx, grad_SN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x_SK, w_GKN = ctx.saved_tensors
+        groups: Groups = ctx.groups
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x_SK)
+            multiply_groups(grad_SN, w_GKN.transpose(1, 2), groups, 0, grad_x)
+        if ctx.needs_input_grad[1]:
+            if groups.fused and can_fuse(grad_SN, w_GKN):
+                grad_w = grouped_mm(x_SK.t(), grad_SN.contiguous(), offs=groups.ends)
+                # What is written for a group without rows is up to the kernel.
+                empty_G = groups.ends.diff(prepend=groups.ends.new_zeros(1)) == 0
+                grad_w = grad_w.masked_fill_(empty_G[:, None, None], 0)
+            else:
+                grad_w = torch.zeros_like(w_GKN)
+                for start, stop in groups.hit_runs(1):
+                    rows = groups.rows(start, stop)
+                    grad_w[start] = x_SK[rows].t() @ grad_SN[rows]
+        return grad_x, grad_w, None
+
+
+def grouped_product(x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Return `[S, N]`: each row times the matrix of its group. Differentiable in both.
+
+    Args:
+        x_SK (`torch.Tensor`): The rows, sorted by group.
+        w_GKN (`torch.Tensor`): The matrix of every group.
+        groups (`Groups`): Which rows belong to which group.
+    """
+    return _GroupedProduct.apply(x_SK, w_GKN, groups)
