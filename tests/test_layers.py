@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 
 # From the bottom up. A folder is one module: what is inside it may import what else is inside it.
 LAYERS = [
-    {"errors", "units", "orders"},
+    {"errors", "host", "units", "orders"},
     {"kernels", "ranks"},
     {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
     | {"grouping", "quantization", "translation", "watch", "weights"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"experts"},
     {"adapter_edits", "adapters", "config", "merge_folder", "planner", "recipes", "staging", "summary"},
     {"offload"},
-    {"sharding"},
+    {"fusion", "sharding"},
     {"blueprint", "sources"},
     {"random_weights"},
     {"loader", "export", "inputs", "merge_plan"},

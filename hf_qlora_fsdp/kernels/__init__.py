@@ -4,6 +4,7 @@ At small batches a GPU waits for Python, at large ones for memory. Both want the
 
 - `nested_dequantize.py`: a packed weight becomes 16-bit in one kernel, where bitsandbytes takes three.
 - `lora_linear.py`: base product and low-rank part as one function, the second added into the first.
+- `swiglu.py`: a gated MLP as one function, which keeps half as much for the backward.
 
 Nothing here knows what a layer of PEFT looks like, or how one is packed.
 """

@@ -46,10 +46,12 @@ def forward_product(
     """Return y `[..., N]` and h `[T, R]` for x `[..., K]`."""
     base = weights.base
     bias = base.bias
-    y = nn.functional.linear(x, base.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-    h_TR = x.reshape(-1, x.shape[-1]).mm(a_RK.t())
-    y.view(-1, y.shape[-1]).addmm_(h_TR, b_NR.t(), alpha=scaling)
-    return y, h_TR
+    x_TK = x.reshape(-1, x.shape[-1])
+    y_TN = nn.functional.linear(x_TK, base.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    h_TR = x_TK.mm(a_RK.t())
+    y_TN.addmm_(h_TR, b_NR.t(), alpha=scaling)
+    # A plain view of something made in here could not be changed in place by those who get it.
+    return torch.ops.aten._unsafe_view(y_TN, (*x.shape[:-1], y_TN.shape[1])), h_TR
 
 
 def backward_through_b(dy_TN: torch.Tensor, weights: LoraWeights, scaling: float) -> torch.Tensor:
@@ -58,9 +60,13 @@ def backward_through_b(dy_TN: torch.Tensor, weights: LoraWeights, scaling: float
     return dy_TN.new_empty(dy_TN.shape[0], b_NR.shape[1]).addmm_(dy_TN, b_NR, beta=0, alpha=scaling)
 
 
-def backward_to_input(dy_TN: torch.Tensor, dh_TR: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
-    """Return dx `[T, K]`."""
-    return dy_TN.mm(weights.base.dequantize(dy_TN.dtype)).addmm_(dh_TR, weights.lora_a.weight)
+def backward_to_input(
+    dy_TN: torch.Tensor, dh_TR: torch.Tensor, weights: LoraWeights, dx_TK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return dx `[T, K]`, added into the one that another layer with the same input has left."""
+    w_NK = weights.base.dequantize(dy_TN.dtype)
+    dx_TK = dy_TN.mm(w_NK) if dx_TK is None else dx_TK.addmm_(dy_TN, w_NK)
+    return dx_TK.addmm_(dh_TR, weights.lora_a.weight)
 
 
 def backward_to_b(dy_TN: torch.Tensor, h_TR: torch.Tensor, scaling: float) -> torch.Tensor:

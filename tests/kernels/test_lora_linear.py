@@ -11,6 +11,7 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
 
 from hf_qlora_fsdp.kernels.lora_linear import LoraWeights, apply_lora_linear
@@ -25,12 +26,13 @@ def make_layer(dtype: torch.dtype = torch.bfloat16, bias: bool = False, seed: in
     """Return PEFT's layer around a packed one, its adapter in the dtype in which FSDP would gather it."""
     linear = make_linear((ROWS, COLUMNS), dtype=dtype, bias=bias, seed=seed)
     model = nn.Sequential(repack(linear, compute_dtype=dtype, storage_dtype=dtype))
+    model.is_loaded_in_4bit = True  # makes PEFT take its layer for 4 bits
     config = LoraConfig(**({"r": RANK, "lora_alpha": 24, "target_modules": ["0"]} | options))
     layer = inject_adapter_in_model(config, model)[0]
     for part in (layer.lora_A, layer.lora_B):
         nn.init.normal_(part["default"].weight, std=0.1)
         part["default"].weight.data = part["default"].weight.data.to(dtype)
-    assert isinstance(layer.base_layer, PackedLinear4bit)
+    assert type(layer) is Linear4bit and isinstance(layer.base_layer, PackedLinear4bit)
     return layer
 
 
@@ -140,3 +142,16 @@ def test_the_backward_uses_the_weights_that_are_there_then():
     y.backward(dy)
     for mine, gradient in zip((x.grad, *(p.grad for p in parameters)), expected[1:], strict=True):
         assert torch.equal(mine, gradient)
+
+
+@pytest.mark.parametrize("kind", ["2 dims", "3 dims"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_comes_out_can_be_changed_in_place(kind, bias):
+    """As what comes out of `nn.Linear`: a residual may be added to it, and the gradient is that of the sum."""
+    layer = make_layer(torch.float32, bias)
+    x, dy = make_inputs(kind, torch.float32)
+    parameters = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    plain = differentiate(lambda x: apply_lora_linear(x, weights_of(layer), 3.0), x, dy, *parameters)
+    doubled = differentiate(lambda x: apply_lora_linear(x, weights_of(layer), 3.0).mul_(2), x, dy, *parameters)
+    for mine, half in zip(doubled, plain, strict=True):
+        assert torch.equal(mine, 2 * half)

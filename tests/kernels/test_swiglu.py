@@ -1,0 +1,143 @@
+"""The gated MLP as one function: the bits of its layers forward, no less exact backward, and less that is kept."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from hf_qlora_fsdp.fusion import FusedMLP, fuse_lora, unfuse_lora
+from hf_qlora_fsdp.packing import repack
+from tests.kernels.test_lora_linear import DTYPES, differentiate, error_of
+from tests.test_packing import make_linear
+
+HIDDEN, INNER, RANK = 128, 320, 8
+
+
+def make_mlp(dtype: torch.dtype, bias: bool = False) -> nn.Module:
+    mlp = LlamaMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=INNER, hidden_act="silu", mlp_bias=bias))
+    for seed, name in enumerate(("gate_proj", "up_proj", "down_proj")):
+        shape = (HIDDEN, INNER) if name == "down_proj" else (INNER, HIDDEN)
+        linear = make_linear(shape, dtype=dtype, bias=bias, seed=seed)
+        setattr(mlp, name, repack(linear, compute_dtype=dtype, storage_dtype=dtype))
+    config = LoraConfig(r=RANK, lora_alpha=12, target_modules=["gate_proj", "up_proj", "down_proj"])
+    mlp.is_loaded_in_4bit = True  # makes PEFT take its layer for 4 bits
+    inject_adapter_in_model(config, mlp)
+    torch.manual_seed(3)
+    for name, parameter in mlp.named_parameters():
+        if "lora_" in name:
+            parameter.data = (0.1 * torch.randn_like(parameter)).to(dtype)
+    return mlp
+
+
+def adapter_of(mlp: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in mlp.named_parameters() if "lora_" in name]
+
+
+def compute_in_float64(mlp: nn.Module, x: torch.Tensor, adapter: list[torch.Tensor]) -> torch.Tensor:
+    pairs = zip(adapter[::2], adapter[1::2], strict=True)
+
+    def run(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        base, (a, b) = layer.base_layer, next(pairs)
+        bias = None if base.bias is None else base.bias.double()
+        return nn.functional.linear(x, base.dequantize().double(), bias) + 12 / RANK * (x @ a.T) @ b.T
+
+    gate, up = run(mlp.gate_proj, x), run(mlp.up_proj, x)
+    return run(mlp.down_proj, nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bias", "x_wants_gradient"), list(itertools.product([False, True], repeat=2)))
+def test_it_is_no_less_exact_than_peft(dtype, bias, x_wants_gradient):
+    mlp = make_mlp(dtype, bias)
+    adapter = adapter_of(mlp)
+    x, dy = torch.randn(3, 20, HIDDEN, dtype=dtype), torch.randn(3, 20, HIDDEN, dtype=dtype)
+    x.requires_grad_(x_wants_gradient)
+    x64 = x.detach().double().requires_grad_(x_wants_gradient)
+    adapter64 = [parameter.detach().double().requires_grad_() for parameter in adapter]
+    exact = differentiate(lambda x: compute_in_float64(mlp, x, adapter64), x64, dy.double(), *adapter64)
+    unfused = differentiate(mlp, x, dy, *adapter)
+    report = fuse_lora(mlp)
+    assert (report.num_fused, report.num_mlps) == (3, 1)
+    fused = differentiate(mlp, x, dy, *adapter)
+    assert len(fused) == len(exact) == (8 if x_wants_gradient else 7)
+    for mine, theirs in zip(fused, unfused, strict=True):
+        assert mine.dtype == dtype and mine.shape == theirs.shape
+    for mine, theirs in zip(error_of(fused, exact), error_of(unfused, exact), strict=True):
+        assert mine <= 1.5 * theirs
+
+    del mlp.forward  # the layers by themselves are fused still
+    layer_by_layer = differentiate(mlp, x, dy, *adapter)
+    assert torch.equal(fused[0], layer_by_layer[0])
+    for mine, theirs in zip(fused[-6:], layer_by_layer[-6:], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_two_wide_tensors_are_kept_instead_of_four():
+    mlp = make_mlp(torch.bfloat16)
+    x = torch.randn(4, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+
+    def count_wide() -> int:
+        wide: set[int] = set()
+        hold = []  # so that no address is used twice
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            hold.append(tensor)
+            if tensor.shape == (4, INNER):
+                wide.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            mlp(x)
+        return len(wide)
+
+    assert count_wide() == 4
+    fuse_lora(mlp)
+    assert count_wide() == 2
+
+
+@pytest.mark.parametrize("frozen", range(6))
+def test_only_what_is_trained_gets_a_gradient(frozen):
+    mlp = make_mlp(torch.float32)
+    fuse_lora(mlp)
+    x = torch.randn(4, HIDDEN)
+    mlp(x).sum().backward()
+    adapter = adapter_of(mlp)
+    expected = [parameter.grad for parameter in adapter]
+    adapter[frozen].requires_grad_(False)
+    for parameter in adapter:
+        parameter.grad = None
+    mlp(x).sum().backward()
+    for index, (parameter, gradient) in enumerate(zip(adapter, expected, strict=True)):
+        assert parameter.grad is None if index == frozen else torch.equal(parameter.grad, gradient)
+
+
+def test_an_mlp_that_computes_something_else_is_left_alone():
+    class Clamped(LlamaMLP):
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=1) * self.up_proj(x))
+
+    for change in (lambda mlp: setattr(mlp, "__class__", Clamped), lambda mlp: setattr(mlp, "act_fn", nn.GELU())):
+        mlp = make_mlp(torch.bfloat16)
+        change(mlp)
+        report = fuse_lora(mlp)
+        assert (report.num_fused, report.num_mlps) == (3, 0)
+
+
+def test_a_hook_on_a_layer_of_it_still_runs():
+    mlp = make_mlp(torch.bfloat16)
+    fuse_lora(mlp)
+    assert isinstance(mlp.forward, FusedMLP)
+    x = torch.randn(4, HIDDEN, dtype=torch.bfloat16)
+    usual = mlp(x)
+    handle = mlp.up_proj.register_forward_hook(lambda module, args, output: output * 0)
+    assert not mlp(x).any()
+    handle.remove()
+    assert torch.equal(mlp(x), usual)
+    unfuse_lora(mlp)
+    assert "forward" not in mlp.__dict__ and "forward" not in mlp.up_proj.__dict__
