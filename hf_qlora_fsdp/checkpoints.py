@@ -10,15 +10,12 @@ nobody looks for one, sealed, and only then given its name:
 A folder without a manifest, or whose files are not those of its manifest, is no checkpoint. `newest_valid` passes over
 it and says why. Nothing in a checkpoint is a pickle that could run code: tensors are safetensors, the rest is JSON.
 
-The manifest also says **what the checkpoint continues**: the base model (by a checksum of its weights as they were
-trained against, so that a moved folder is still the same model and another one of the same shape is not), the adapter's
-shape, and how many sequences made a step. `check_continues` refuses to go on with anything else.
+The manifest also says what the checkpoint belongs to, which is `continuity.py`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -28,18 +25,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
-
 MANIFEST = "manifest.json"
 STAGING_PREFIX = ".saving-"
 
 _CHECKPOINT_NAME = re.compile(r"^checkpoint-(\d+)$")
-_PACKAGES = ("hf_qlora_fsdp", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 _CHUNK_BYTES = 1 << 24
-_PRIME = 65_521  # the largest below 2^16, as in Adler-32
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -47,7 +37,7 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
 
     Args:
         folder (`Path`): The folder, complete but for its manifest.
-        facts (`Mapping`): What the checkpoint belongs to, see `describe_run`.
+        facts (`Mapping`): What the checkpoint belongs to, see `continuity.describe_run`.
     """
     files = {}
     for path in _files(folder):
@@ -174,127 +164,6 @@ def clear_leftovers(output_dir: str | os.PathLike[str]) -> list[str]:
         else:
             shutil.rmtree(leftover)
     return [leftover.name for leftover in leftovers]
-
-
-def describe_run(
-    model: nn.Module,
-    *,
-    base_model: str,
-    revision: str | None,
-    peft_configs: Mapping[str, Any],
-    sequences_per_step: int,
-) -> dict[str, Any]:
-    """Collect what a checkpoint belongs to. A collective, on the first call for a model.
-
-    Args:
-        model (`nn.Module`): The sharded model.
-        base_model (`str`): Its name or folder.
-        revision (`str`, *optional*): Its commit on the Hub.
-        peft_configs (`Mapping[str, LoraConfig]`): The adapters that are trained, by name.
-        sequences_per_step (`int`): Batch size times accumulation times ranks.
-    """
-    return {
-        "base_model": base_model,
-        "revision": revision,
-        "base_checksum": base_checksum(model),
-        "adapters": {name: _describe_adapter(config) for name, config in peft_configs.items()},
-        "sequences_per_step": sequences_per_step,
-        "world_size": dist.get_world_size(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-    }
-
-
-def check_continues(folder: str | os.PathLike[str], saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Refuse to continue a checkpoint with another model, adapter or batch; return what else differs.
-
-    Args:
-        folder (`str`): The checkpoint, for the message.
-        saved (`Mapping`): Its facts.
-        now (`Mapping`): Those of this run.
-    Raises:
-        ValueError: They do not belong together. Names both values.
-    """
-    if saved["base_checksum"] != now["base_checksum"]:
-        raise ValueError(
-            f"{str(folder)!r} was trained on {saved['base_model']!r} (weights {saved['base_checksum']}), and the "
-            f"model now is {now['base_model']!r} (weights {now['base_checksum']}). An adapter fits only the weights it "
-            "was trained on. Pass the model, revision and quantisation of the checkpoint."
-        )
-    if set(saved["adapters"]) != set(now["adapters"]):
-        raise ValueError(
-            f"{str(folder)!r} holds the adapters {sorted(saved['adapters'])}, and the model now trains "
-            f"{sorted(now['adapters'])}. Give the model the adapters of the checkpoint, or start a new run in another "
-            "output_dir."
-        )
-    for adapter, config in saved["adapters"].items():
-        for name, value in config.items():
-            given = now["adapters"][adapter].get(name)
-            if value != given:
-                raise ValueError(
-                    f"{str(folder)!r} was trained with {name}={value!r}, and peft_config now has {given!r} (adapter "
-                    f"{adapter!r}). Its weights would not mean the same. Set {name}={value!r}, or start a new run in "
-                    "another output_dir."
-                )
-    return [
-        f"{name}: {saved['versions'].get(name)} then, {version} now"
-        for name, version in now["versions"].items()
-        if saved["versions"].get(name) != version
-    ]
-
-
-def base_checksum(model: Any) -> str:
-    """Return a checksum of all frozen weights, the same for any number of ranks. A collective; kept on the model.
-
-    Each byte counts, weighted by its place in its tensor and its tensor's place in the model: 4-bit codes and scales as
-    they are trained against, so another quantisation, or another order of rows, is another base.
-    """
-    if getattr(model, "_base_checksum", None) is None:
-        total = 0
-        for index, parameter in enumerate(parameter for parameter in model.parameters() if not parameter.requires_grad):
-            if isinstance(parameter, DTensor):
-                local, num_rows = parameter.to_local(), parameter.shape[0]
-                start = min(dist.get_rank() * -(-num_rows // dist.get_world_size()), num_rows)
-                offset = start * parameter.numel() * parameter.element_size() // max(num_rows, 1)
-            elif dist.get_rank() == 0:
-                local, offset = parameter, 0
-            else:
-                continue
-            total += (index + 1) * _sum_of_bytes(local, offset)
-        totals: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(totals, total)
-        model._base_checksum = f"{sum(totals) % (1 << 64):016x}"
-    return model._base_checksum
-
-
-def _sum_of_bytes(tensor: torch.Tensor, offset: int) -> int:
-    """Sum a tensor's bytes, each weighted by its place modulo a prime; `offset` bytes lie before the first."""
-    total = 0
-    for chunk in tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK_BYTES):
-        places = torch.arange(offset, offset + chunk.numel(), device=chunk.device) % _PRIME + 1
-        total += int((places * chunk).sum())
-        offset += chunk.numel()
-    return total
-
-
-def _describe_adapter(config: Any) -> dict[str, Any]:
-    targets = config.target_modules
-    return {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-        "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
-        "modules_to_save": sorted(config.modules_to_save or []),
-        "use_dora": config.use_dora,
-        "use_rslora": config.use_rslora,
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # this package, run from its source tree
 
 
 def _files(folder: Path) -> list[Path]:

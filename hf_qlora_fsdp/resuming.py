@@ -5,8 +5,8 @@
 * a checkpoint holds the adapter, the optimizer's states and where the run stood, and nothing of the base;
 * it appears whole (`checkpoints.py`): written aside, sealed with hashes, renamed, and only then are old ones pruned;
 * no pickle is written or read: tensors are safetensors, everything else is JSON;
-* resuming verifies it, refuses another base, adapter or batch, and goes on to the bit. The number of ranks may change,
-  as long as the sequences a step stay the same;
+* resuming verifies it, refuses another base, adapter or batch (`continuity.py`), and goes on to the bit. The number of
+  ranks may change, as long as the sequences a step stay the same;
 * a signal or a number that is none ends the run in an orderly way (`watch.py`).
 
 A rerun of the same script with `trainer.train(resume_from_checkpoint=True)` starts from the newest checkpoint that is
@@ -28,17 +28,8 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from .checkpoints import (
-    STAGING_PREFIX,
-    check_continues,
-    clear_leftovers,
-    describe_run,
-    newest_valid,
-    prune,
-    publish,
-    seal,
-    verify,
-)
+from .checkpoints import STAGING_PREFIX, clear_leftovers, newest_valid, prune, publish, seal, verify
+from .continuity import check_continues, compare_data, describe_data, describe_run
 from .export import load_adapters, load_optimizer, save_adapter, save_optimizer, synchronize, trained_adapters
 from .random_states import load_random_states, save_random_states
 from .ranks import fail_together, log_once, rank
@@ -62,6 +53,7 @@ class ResumableTrainer(SFTTrainer):
 
     def __init__(self, **given: Any) -> None:
         self._staging: Path | None = None
+        self._data: dict[str, Any] | None = None
         super().__init__(**given)
         self.gradient_watch = GradientWatch(self.args.on_nonfinite)
         self.preemption = PreemptionCallback()
@@ -250,6 +242,14 @@ class ResumableTrainer(SFTTrainer):
             for difference in check_continues(checkpoint, saved, facts):
                 log_once("Resuming with other versions: %s.", difference)
             self._check_position(checkpoint, saved, facts)
+        if difference := compare_data(saved, facts):
+            log_once(
+                "%s was saved in a run on other data: %s. Its steps are counted in the data as they are now, so rows "
+                "may be seen twice or never. Pass the data of the checkpoint to have that run, or "
+                "ignore_data_skip=True to start over in the new data.",
+                checkpoint,
+                difference,
+            )
         log_once("Resuming from %s.", checkpoint)
         return checkpoint
 
@@ -279,6 +279,8 @@ class ResumableTrainer(SFTTrainer):
 
     def _facts(self) -> dict[str, Any]:
         base = base_model(self.model)
+        if self._data is None:
+            self._data = describe_data(self.train_dataset)
         return describe_run(
             self.model,
             base_model=str(base.config.name_or_path),
@@ -287,4 +289,5 @@ class ResumableTrainer(SFTTrainer):
             sequences_per_step=self.args.train_batch_size
             * self.args.gradient_accumulation_steps
             * dist.get_world_size(),
+            data=self._data,
         )

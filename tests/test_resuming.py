@@ -228,7 +228,8 @@ def interrupt(rank: int, folder: str, out: str, names: list[str]) -> dict[str, d
         trainer = start(**changes)
         whole = training.run(trainer)
         again = start(**changes | {"save_strategy": "no"})
-        resumed = training.run(again, resume_from_checkpoint=f"{out}/{index}/checkpoint-{at}")
+        with training.listening() as said:
+            resumed = training.run(again, resume_from_checkpoint=f"{out}/{index}/checkpoint-{at}")
         epochs = [entry["epoch"] for entry in whole.log if entry["step"] == at]
         results[name] = {
             "whole": whole,
@@ -236,6 +237,7 @@ def interrupt(rank: int, folder: str, out: str, names: list[str]) -> dict[str, d
             "states": (optimizer_states(trainer), optimizer_states(again)),
             "rates": (trainer.lr_scheduler.state_dict(), again.lr_scheduler.state_dict()),
             "epoch": epochs[0],
+            "said": said,
             "files": sorted(os.listdir(f"{out}/{index}/checkpoint-{at}")),
         }
     return results
@@ -256,6 +258,7 @@ def test_resumed_is_uninterrupted(interrupted: list[dict[str, dict[str, Any]]], 
             e["eval_loss"] for e in resumed.log if "eval_loss" in e
         ]
         assert_same(whole.adapter, resumed.adapter)
+        assert not [line for line in result["said"] if "other data" in line]
         assert_same(*result["states"])
         assert result["rates"][0] == result["rates"][1]
 
@@ -485,6 +488,7 @@ def be_refused(rank: int, folder: str, other: str, out: str) -> dict[str, Any]:
         "targets": resume(peft={"target_modules": ["q_proj", "v_proj"]}),
         "head": resume(peft={"modules_to_save": ["lm_head"]}),
         "dora": resume(peft={"use_dora": True}),
+        "rows": resume(peft={"trainable_token_indices": [7, 9]}),
         "batch": resume(per_device_train_batch_size=2),
         "unsealed": resume(path=Path(out, "unsealed")),
         "nowhere": resume(path=Path(out, "nowhere")),
@@ -493,6 +497,10 @@ def be_refused(rank: int, folder: str, other: str, out: str) -> dict[str, Any]:
     }
     started_over = training.ours(folder, rows, changes | {"per_device_train_batch_size": 2, "ignore_data_skip": True})
     results["ignored"] = len(training.run(started_over, resume_from_checkpoint=str(checkpoint)).losses)
+    for name, data in {"longer": training.equal_rows(12), "reversed": rows.select(range(7, -1, -1))}.items():
+        with training.listening() as said:
+            other = training.run(training.ours(folder, data, changes), resume_from_checkpoint=str(checkpoint))
+        results[name] = ([line for line in said if "other data" in line], other.losses)
     bombed = training.run(training.ours(folder, rows, changes), resume_from_checkpoint=f"{out}/bombs")
     results["losses"] = (whole.losses, bombed.losses)
     return results | {"exploded": [marker for marker in markers if os.path.exists(marker)]}
@@ -519,6 +527,7 @@ def refused(ranks: RankPool, folder: str, out: str, tmp_path_factory: pytest.Tem
         ("unsealed", [MANIFEST, "resume_from_checkpoint=True"]),
         ("nowhere", ["nowhere", MANIFEST]),
         ("adapter_model.bin", [f"no {ADAPTER}"]),
+        ("rows", ["trainable_token_indices=None", "now has [7, 9]"]),
     ],
 )
 def test_refused_on_all_ranks(refused: list[dict[str, Any]], case: str, words: list[str]) -> None:
@@ -531,6 +540,16 @@ def test_refused_on_all_ranks(refused: list[dict[str, Any]], case: str, words: l
 
 def test_data_may_be_started_over_with_another_batch(refused: list[dict[str, Any]]) -> None:
     assert refused[0]["ignored"] == 4
+
+
+@pytest.mark.parametrize(("case", "words"), [("longer", "8 rows then, 12 now"), ("reversed", "not in the same order")])
+def test_other_data_are_gone_on_with_and_said(refused: list[dict[str, Any]], case: str, words: str) -> None:
+    (line,) = refused[0][case][0]
+    assert "checkpoint-2 was saved in a run on other data: " in line and words in line and "ignore_data_skip" in line
+    assert refused[1][case][0] == [], "one rank speaks"
+    for result in refused:
+        losses = result[case][1]
+        assert len(losses) == 4 and losses[:2] == result["losses"][0][:2] and losses[2:] != result["losses"][0][2:]
 
 
 def test_pickles_are_never_executed(refused: list[dict[str, Any]], tmp_path: Path) -> None:
