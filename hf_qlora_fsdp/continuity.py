@@ -109,7 +109,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
     Args:
         dataset (`Dataset` or `IterableDataset`): As the model gets it, tokenised and packed.
     """
-    described = {"num_rows": None, "columns": sorted(dataset.column_names or []), "rows_sha256": None}
+    described: dict[str, Any] = {"num_rows": None, "columns": sorted(dataset.column_names or []), "rows_sha256": None}
     if isinstance(dataset, Dataset):
         last = len(dataset) - 1
         places = sorted({last * number // (_NUM_SAMPLES - 1) for number in range(_NUM_SAMPLES)})

@@ -242,13 +242,13 @@ class ResumableTrainer(SFTTrainer):
             for difference in check_continues(checkpoint, saved, facts):
                 log_once("Resuming with other versions: %s.", difference)
             self._check_position(checkpoint, saved, facts)
-        if difference := compare_data(saved, facts):
+        if other_data := compare_data(saved, facts):
             log_once(
                 "%s was saved in a run on other data: %s. Its steps are counted in the data as they are now, so rows "
                 "may be seen twice or never. Pass the data of the checkpoint to have that run, or "
                 "ignore_data_skip=True to start over in the new data.",
                 checkpoint,
-                difference,
+                other_data,
             )
         log_once("Resuming from %s.", checkpoint)
         return checkpoint
