@@ -25,7 +25,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_qlora_fsdp.demo import DEFAULT_MODEL, REPORT_FILE, find_model
+from hf_qlora_fsdp.demo import REPORT_FILE
+from hf_qlora_fsdp.demo_model import DEFAULT_MODEL, find_model
 from hf_qlora_fsdp.export import load_adapter
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.merging import merge_adapter

