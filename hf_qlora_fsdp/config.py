@@ -1,6 +1,6 @@
 """The arguments of a training run, and what must be settled before anything is loaded.
 
-`QLoRAFSDPConfig` is TRL's `SFTConfig` with eight fields more. What is worth knowing about it:
+`QLoRAFSDPConfig` is TRL's `SFTConfig` with a few fields more. What is worth knowing about it:
 
 **One dtype.** FSDP2 casts what it gathers to the parameter dtype of its mixed-precision policy. Four-bit weights are
 packed two to a byte, and the bytes are stored under some dtype: if it is another floating one, the cast changes the
@@ -97,15 +97,42 @@ class QLoRAFSDPConfig(SFTConfig):
         default=False,
         metadata={
             "help": "Keep each rank's frozen shards in host memory and copy a unit to the device when it is needed: "
-            "much less device memory, slower steps. LoRA weights and their optimizer states stay on the device; "
-            "modules that are trained whole (`modules_to_save`) go along."
+            "much less device memory, slower steps. What is trained stays on the device, with its optimizer states."
         },
     )
     cpu_offload_pin_memory: bool = field(
         default=True,
         metadata={
-            "help": "With `cpu_offload`: page-lock the shards, so that copies overlap with computation. Without it "
-            "copies are slower, and the operating system may swap."
+            "help": "With `cpu_offload`: page-lock the shards, so that the device copies them by itself. Without it "
+            "the operating system may swap them out, and they are copied through a small pinned buffer."
+        },
+    )
+    cpu_offload_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Offload only this many decoder layers, spread evenly over the model; embedding and head stay on "
+            "the device. Implies `cpu_offload`."
+        },
+    )
+    cpu_offload_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder on a local disk: offloaded shards lie in files there that are mapped into memory, and host "
+            "memory is no more than a cache of them. Implies `cpu_offload` without pinned memory."
+        },
+    )
+    cpu_offload_keep_files: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the files in `cpu_offload_dir`, so that the next run with the same weights on as many ranks "
+            "does not write them again. If not set, their space is free as soon as the run ends."
+        },
+    )
+    cpu_offload_trainable: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep what is trained in host memory as well, with gradients and optimizer states: the optimizer "
+            "then runs on the CPU. Worth it for large `modules_to_save`."
         },
     )
     reshard_after_forward: bool = field(
@@ -130,6 +157,7 @@ class QLoRAFSDPConfig(SFTConfig):
         # Our fields win over the launcher's variables, but what the script says in any spelling must agree.
         self._take_over(translate_fsdp(self.fsdp, self.fsdp_config))
         self._take_over(translate_environment(os.environ), from_launcher=True)
+        self._settle_offload()
         self._settle_precision()
         refuse_unsupported(self.__dict__, os.environ)
         self._join_ranks(self._choose_device_type())
@@ -171,7 +199,7 @@ class QLoRAFSDPConfig(SFTConfig):
         return MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32, output_dtype=None)
 
     def offload_policy(self) -> OffloadPolicy:
-        """Return the offload policy of every unit."""
+        """Return what PyTorch would call it; accelerate is told so. What is done is finer, see `sharding.py`."""
         return CPUOffloadPolicy(pin_memory=self.cpu_offload_pin_memory) if self.cpu_offload else OffloadPolicy()
 
     def to_dict(self) -> dict[str, Any]:
@@ -283,6 +311,24 @@ class QLoRAFSDPConfig(SFTConfig):
         for note in brought.notes:
             ranks.log_once(note)
 
+    def _settle_offload(self) -> None:
+        """Let the finer options of offloading say that there is offloading, and refuse what contradicts it."""
+        if self.cpu_offload_layers is not None:
+            self.cpu_offload_layers = int(self.cpu_offload_layers)
+            if self.cpu_offload_layers < 1:
+                raise refusal(
+                    f"cpu_offload_layers={self.cpu_offload_layers}",
+                    "it is the number of decoder layers to offload",
+                    "Write 1 or more, or leave it out: cpu_offload alone decides then.",
+                )
+        if self.cpu_offload_keep_files and self.cpu_offload_dir is None:
+            raise refusal(
+                "cpu_offload_keep_files=True without cpu_offload_dir",
+                "there are no files to keep",
+                "Name the folder, cpu_offload_dir=PATH.",
+            )
+        self.cpu_offload = self.cpu_offload or self.cpu_offload_layers is not None or self.cpu_offload_dir is not None
+
     def _settle_precision(self) -> None:
         """Let `param_dtype`, `bf16` and `fp16` say the same."""
         if isinstance(self.param_dtype, torch.dtype):
@@ -342,11 +388,10 @@ class QLoRAFSDPConfig(SFTConfig):
                 ranks.log_once(f"ddp_backend={self.ddp_backend!r} becomes {_CUDA_AND_CPU!r}.")
             self.ddp_backend = _CUDA_AND_CPU
         ranks.join_process_group(device_type, self.ddp_timeout)
-        if self.cpu_offload and "cpu:" not in get_backend_config():
-            # The adapter stays on the device, so nothing is reduced on the CPU but modules that are trained whole.
+        if self.cpu_offload_trainable and "cpu:" not in get_backend_config():
             ranks.log_once(
                 f"The process group ({get_backend_config()}) was made without a CPU backend, by other arguments or by "
-                "the script. With cpu_offload, modules_to_save need one: make QLoRAFSDPConfig first, or write "
+                "the script. cpu_offload_trainable needs one: make QLoRAFSDPConfig first, or write "
                 f'torch.distributed.init_process_group("{_CUDA_AND_CPU}").'
             )
 

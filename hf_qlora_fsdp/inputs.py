@@ -7,6 +7,7 @@ after a quarter of an hour of loading, and learns what to write instead.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,10 @@ def read_policy(args: QLoRAFSDPConfig) -> ShardingPolicy:
         reshard_after_forward=args.reshard_after_forward,
         cpu_offload=args.cpu_offload,
         cpu_offload_pin_memory=args.cpu_offload_pin_memory,
+        cpu_offload_layers=args.cpu_offload_layers,
+        cpu_offload_dir=Path(args.cpu_offload_dir) if args.cpu_offload_dir else None,
+        cpu_offload_keep_files=args.cpu_offload_keep_files,
+        cpu_offload_trainable=args.cpu_offload_trainable,
         transformer_layer_cls_to_wrap=tuple(classes) if classes else None,
     )
 

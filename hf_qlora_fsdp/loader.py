@@ -54,6 +54,7 @@ from .sharding import (
     shard_unit,
 )
 from .sources import Piece, Slot, Slots, Source, plan_checkpoint
+from .staging import NUM_SLOTS
 from .weights import Weights, find_weights
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
@@ -133,7 +134,8 @@ def load_quantized_model(
         else:
             source = plan_checkpoint(model, Weights(find_weights(model_id_or_path, **hub)), dtype, key_mapping)
         loading = _Loading(model, source, policy, mesh)
-        free = available_bytes(loading.device, with_swap=not policy.cpu_offload_pin_memory)
+        pinned = policy.cpu_offload and policy.pins_memory(mesh.device_type)
+        free = available_bytes(loading.device, with_swap=not pinned, folder=policy.cpu_offload_dir)
         check_fits(model_id_or_path, loading.need(), mesh.device_type, free)
     loading.run(peft_config, progress)
     root = loading.root
@@ -163,6 +165,8 @@ class _Loading:
         self.report.largest_tensor_bytes = max(piece.transient_bytes for piece in self.source.pieces)
         self.bytes_assigned = [0] * local_world_size()
         self.units = plan_units(self.model, self.policy.class_names)
+        self.offloaded = self.policy.offloaded_units(self.units)
+        self.store = self.policy.make_store(self.device)
         # Adapters rename modules, so tensors are addressed by module object from here on.
         self.modules = dict(self.model.named_modules())
         self.ties = [tuple(map(self._slot, tie)) for tie in self.model.all_tied_weights_keys.items()]
@@ -191,10 +195,13 @@ class _Loading:
                 ignored = float32_parameters(self.model, self.policy.param_dtype)
                 self._measure(modules)
                 if unit:
-                    shard_unit(self.model, unit, self.policy, self.mesh, ignored)
+                    place = self.store if unit.name in self.offloaded else None
+                    shard_unit(self.model, unit, self.policy, self.mesh, ignored, place)
                 else:
                     shard_root(self.root, self.policy, self.mesh, ignored)
                 bar.update(sum(piece.num_bytes for piece in pieces))
+        if self.store is not None:
+            self.store.memory.finish()
         move_buffers(self.root, self.device)
         self.report.bytes_read = self.source.count_bytes_read()
 
@@ -211,13 +218,17 @@ class _Loading:
 
     def need(self) -> Need:
         """Say what loading will take, before any of it is done."""
-        sizes = [self._final_bytes(pieces) for _, pieces in self._group_pieces()]
+        sizes = {unit.name if unit else "": self._final_bytes(pieces) for unit, pieces in self._group_pieces()}
+        offloaded = [size for name, size in sizes.items() if name in self.offloaded]
+        pinned, world_size = self.policy.pins_memory(self.device.type), dist.get_world_size()
         return Need(
-            shards_bytes=sum(sizes) // dist.get_world_size(),
-            unit_bytes=max(sizes),
+            resident_bytes=(sum(sizes.values()) - sum(offloaded)) // world_size,
+            offloaded_bytes=sum(offloaded) // world_size,
+            staging_bytes=0 if pinned else NUM_SLOTS * max(offloaded, default=0) // world_size,
+            mapped=self.policy.cpu_offload_dir is not None,
+            unit_bytes=max(sizes.values()),
             tensor_bytes=self.report.largest_tensor_bytes,
-            offloaded=self.policy.cpu_offload,
-            world_size=dist.get_world_size(),
+            world_size=world_size,
             ranks_per_host=local_world_size(),
         )
 

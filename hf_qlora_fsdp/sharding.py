@@ -11,17 +11,19 @@ rules that keep the numbers right:
 * **What a model insists on keeping in float32** stays whole on every rank: such parameters are few and small, and a
   unit has only one dtype.
 
-**Offload.** `CPUOffloadPolicy` keeps the shards of a unit in host memory and copies them to the accelerator when the
-unit is gathered. The LoRA weights of an offloaded layer form a unit of their own that stays on the accelerator, with
-its gradients and optimizer states: they are small, and an optimizer step on the host would wait for copies both ways.
+**Offload.** Frozen matrices of offloaded units lie in host memory (`offload.py`) and are copied to the accelerator when
+their unit is gathered. What is trained stays on the accelerator, with its gradients and optimizer states: it is small,
+and an optimizer step on the host would wait for copies both ways. `cpu_offload_trainable` moves it, too, by PyTorch's
+`CPUOffloadPolicy`; the LoRA weights of a layer then form a unit of their own, since a policy holds for a whole unit.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,8 @@ from . import compat
 from .anatomy import Unit, decoder_layers, keep_in_float32, plan_units
 from .compat.torch_gather_bytes import PATCH as GATHER_BYTES
 from .errors import ShardingError
+from .host_memory import HostMemory, KeptFile, MappedFile, PinnedMemory
+from .offload import HostStore, HostTensor
 from .packing import PackedLinear4bit, repack
 from .ranks import log_once
 from .units import format_bytes, format_dtype
@@ -59,7 +63,11 @@ class ShardingPolicy:
         reshard_after_forward (`bool`): Free a layer after its forward and gather it again for its backward. Without
             it, every layer stays gathered in between: faster, and as large as the whole 4-bit model.
         cpu_offload (`bool`): Keep the frozen shards in host memory.
-        cpu_offload_pin_memory (`bool`): Pin them. Pinned memory is copied faster, and cannot be swapped out.
+        cpu_offload_pin_memory (`bool`): Pin them. Pinned memory is copied at once, and cannot be swapped out.
+        cpu_offload_layers (`int`, *optional*): Offload so many decoder layers, spread evenly, and nothing else.
+        cpu_offload_dir (`Path`, *optional*): Folder for the shards, in files that are mapped into memory.
+        cpu_offload_keep_files (`bool`): Leave these files for the next run.
+        cpu_offload_trainable (`bool`): Keep what is trained in host memory, too.
         transformer_layer_cls_to_wrap (`tuple[str, ...]`, *optional*): Decoder layer classes. Found from the model by
             default.
     """
@@ -68,6 +76,10 @@ class ShardingPolicy:
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     cpu_offload_pin_memory: bool = True
+    cpu_offload_layers: int | None = None
+    cpu_offload_dir: Path | None = None
+    cpu_offload_keep_files: bool = False
+    cpu_offload_trainable: bool = False
     transformer_layer_cls_to_wrap: tuple[str, ...] | None = None
 
     @property
@@ -76,20 +88,68 @@ class ShardingPolicy:
 
     def fully_shard(self, module: Any, mesh: DeviceMesh, ignored: set[nn.Parameter], **changes: Any) -> None:
         """Call `torch.distributed.fsdp.fully_shard` on a module or a list of modules with this policy."""
-        pinned = self.pins_memory(mesh.device_type)
-        offload = CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else OffloadPolicy()
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=torch.float32),
-            "offload_policy": offload,
             "reshard_after_forward": self.reshard_after_forward,
             "ignored_params": ignored,
         }
         fully_shard(module, **(options | changes))
 
     def pins_memory(self, device_type: str) -> bool:
-        """Return whether offloaded shards are pinned."""
-        return self.cpu_offload_pin_memory and device_type != "cpu"  # memory is pinned for an accelerator
+        """Return whether offloaded shards are pinned, which is something that memory is for an accelerator."""
+        return self.cpu_offload_pin_memory and self.cpu_offload_dir is None and device_type != "cpu"
+
+    def trainable_offload(self, mesh: DeviceMesh) -> OffloadPolicy:
+        """Return PyTorch's policy for what is trained."""
+        if not self.cpu_offload_trainable:
+            return OffloadPolicy()
+        return CPUOffloadPolicy(pin_memory=self.cpu_offload_pin_memory and mesh.device_type != "cpu")
+
+    def offloaded_units(self, units: Sequence[Unit]) -> set[str]:
+        """Return the names of the units whose frozen weights are offloaded."""
+        if not self.cpu_offload:
+            return set()
+        if self.cpu_offload_layers is None:
+            return {unit.name for unit in units}
+        layers = [unit.name for unit in units if unit.is_decoder_layer]
+        return {layers[index] for index in spread(self.cpu_offload_layers, len(layers))}
+
+    def describe_offload(self, device_type: str) -> str:
+        """Say in words what lies where."""
+        if not self.cpu_offload:
+            frozen = ""
+        else:
+            which = "frozen weights" if self.cpu_offload_layers is None else f"{self.cpu_offload_layers} decoder layers"
+            where = f"{'pinned' if self.pins_memory(device_type) else 'pageable'} host memory"
+            frozen = f"{which} in {where if self.cpu_offload_dir is None else f'files in {self.cpu_offload_dir}'}"
+        trained = "what is trained in host memory" if self.cpu_offload_trainable else ""
+        return ", ".join(part for part in (frozen, trained) if part) or "none"
+
+    def make_store(self, device: torch.device) -> HostStore | None:
+        """Return the place in host memory for a model's offloaded shards, `None` without offloading."""
+        if not self.cpu_offload:
+            return None
+        if self.cpu_offload_dir is not None:
+            kind = KeptFile if self.cpu_offload_keep_files else MappedFile
+            return HostStore(kind(self.cpu_offload_dir), device)
+        return HostStore(PinnedMemory() if self.pins_memory(device.type) else HostMemory(), device)
+
+
+def spread(count: int, total: int) -> list[int]:
+    """Return `count` of the indices below `total`, as evenly spaced as can be: `spread(2, 6)` is `[2, 5]`.
+
+    Transfers then have the computation of the layers between them to hide behind.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    if count > total:
+        raise ValueError(
+            f"cpu_offload_layers={count}, but the model has {total} decoder layers. Write a number up to {total}, or "
+            "leave it out, which offloads everything."
+        )
+    return [index for index in range(total) if (index + 1) * count // total > index * count // total]
 
 
 def check_storage_dtype(storage_dtype: torch.dtype, param_dtype: torch.dtype) -> None:
@@ -145,7 +205,12 @@ def mesh_device(mesh: DeviceMesh) -> torch.device:
 
 
 def shard_unit(
-    model: PreTrainedModel, unit: Unit, policy: ShardingPolicy, mesh: DeviceMesh, ignored: set[nn.Parameter]
+    model: PreTrainedModel,
+    unit: Unit,
+    policy: ShardingPolicy,
+    mesh: DeviceMesh,
+    ignored: set[nn.Parameter],
+    store: HostStore | None = None,
 ) -> None:
     """Make a unit of the model, whose weights are whole and on the device, one FSDP unit.
 
@@ -155,27 +220,55 @@ def shard_unit(
         policy (`ShardingPolicy`): How to cut.
         mesh (`DeviceMesh`): The ranks.
         ignored (`set[nn.Parameter]`): Parameters that stay whole.
+        store (`HostStore`, *optional*): Where its frozen matrices shall lie, if it is offloaded.
     """
     modules = [model.get_submodule(name) for name in unit.modules]
-    if policy.cpu_offload:
+    changes: dict[str, Any] = {}
+    if policy.cpu_offload_trainable:
         shard_adapters(modules, policy, mesh)
-    changes: dict[str, object] = {}
+        if _trained(modules):  # modules_to_save: what is frozen beside them, a norm, goes the same way
+            changes["offload_policy"] = policy.trainable_offload(mesh)
+            store = None
+    if store is not None:
+        offload_matrices(modules, ignored, store)
     if unit.keep_gathered:
         changes["reshard_after_forward"] = False
         logging.getLogger("torch.distributed.fsdp.fully_shard").addFilter(_UNRUN_HEAD)
     policy.fully_shard(modules if len(modules) > 1 else modules[0], mesh, ignored, **changes)
+    if store is not None:
+        store.memory.seal()
     label_packed(modules)
 
 
+def offload_matrices(modules: Iterable[nn.Module], ignored: set[nn.Parameter], store: HostStore) -> None:
+    """Make the frozen matrices of a unit go to host memory when they are sharded. Vectors, norms say, are too small."""
+    unit = store.add_unit()
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays one
+    for module in modules:
+        for child in module.modules():
+            for name, parameter in child._parameters.items():
+                if parameter is None or parameter.requires_grad or parameter in ignored or parameter.ndim < 2:
+                    continue
+                if parameter not in moved:
+                    moved[parameter] = nn.Parameter(HostTensor(parameter.data, unit), requires_grad=False)
+                child._parameters[name] = moved[parameter]
+
+
+def _trained(modules: Iterable[nn.Module]) -> bool:
+    """Return whether something is trained that no other unit holds."""
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    return any(parameter.requires_grad and not isinstance(parameter, DTensor) for parameter in parameters)
+
+
 def shard_adapters(modules: Iterable[nn.Module], policy: ShardingPolicy, mesh: DeviceMesh) -> None:
-    """Make the LoRA layers in `modules` an FSDP unit of their own that stays on the accelerator.
+    """Make the LoRA layers in `modules` an FSDP unit of their own.
 
     Modules that are trained whole (`modules_to_save`) stay in their unit: TRL reads a trained head without running it,
     so in a unit of its own nobody would reduce its gradient.
     """
     layers = [part for module in modules for child in module.modules() for part in _lora_parts(child)]
     if layers:
-        policy.fully_shard(layers, mesh, set(), offload_policy=OffloadPolicy())
+        policy.fully_shard(layers, mesh, set(), offload_policy=policy.trainable_offload(mesh))
 
 
 def shard_root(root: nn.Module, policy: ShardingPolicy, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
@@ -273,10 +366,14 @@ def shard_model(model: nn.Module, policy: ShardingPolicy, device: torch.device |
         packed = repack(linear, compute_dtype=policy.param_dtype, storage_dtype=policy.param_dtype)
         setattr(model.get_submodule(parent), leaf, packed)
     del replaced
-    for unit in plan_units(base, policy.class_names):
+    units, store = plan_units(base, policy.class_names), policy.make_store(device)
+    offloaded = policy.offloaded_units(units)
+    for unit in units:
         for name in unit.modules:
             cast += _move(base.get_submodule(name), device, policy.param_dtype, ignored)
-        shard_unit(base, unit, policy, mesh, ignored)
+        shard_unit(base, unit, policy, mesh, ignored, store if unit.name in offloaded else None)
+    if store is not None:
+        store.memory.finish()
     cast += _move(model, device, policy.param_dtype, ignored)
     shard_root(model, policy, mesh, ignored)
     move_buffers(model, device)

@@ -157,11 +157,8 @@ class QLoRAFSDPTrainer(ResumableTrainer):
     def _report(self) -> None:
         if rank() == 0:
             policy = self.sharding_policy
-            offload = "none"
-            if policy.cpu_offload:
-                pinned = "pinned" if policy.pins_memory(self.accelerator.device.type) else "pageable"
-                offload = f"frozen weights in {pinned} host memory, adapter on the accelerator"
             units = plan_units(base_model(self.model), policy.class_names)
+            offload = policy.describe_offload(self.accelerator.device.type)
             print(describe(self.model, units, policy.param_dtype, offload, compat.active_patches()), flush=True)
 
     # -- accelerate --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from trl import SFTConfig
 
 from hf_qlora_fsdp import ranks
 from hf_qlora_fsdp.config import QLoRAFSDPConfig
+from hf_qlora_fsdp.inputs import read_policy
 
 OWN_FIELDS = [name for name in QLoRAFSDPConfig.__annotations__ if name != "learning_rate"]
 LAUNCHER = ("FSDP_", "ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
@@ -470,13 +472,33 @@ def test_the_group_waits_as_long_as_it_is_told(make, lines):
     assert lines() == []
 
 
-def test_offload_is_best_with_a_group_that_serves_the_cpu(make, monkeypatch, lines):
+def test_finer_options_of_offloading_imply_it(make):
+    assert make(cpu_offload_layers="8").cpu_offload_layers == 8
+    for options in ({"cpu_offload_layers": 8}, {"cpu_offload_dir": "shards"}):
+        config = make(**options)
+        assert config.cpu_offload and read_policy(config).cpu_offload
+    assert not make(cpu_offload_trainable=True).cpu_offload
+    policy = read_policy(make(cpu_offload_dir="shards", cpu_offload_keep_files=True, cpu_offload_trainable=True))
+    assert (policy.cpu_offload_dir, policy.cpu_offload_keep_files) == (Path("shards"), True)
+    assert policy.cpu_offload_trainable and not policy.pins_memory("cuda")
+
+
+@pytest.mark.parametrize("options", [{"cpu_offload_layers": 0}, {"cpu_offload_keep_files": True}])
+def test_offloading_that_means_nothing_is_refused(make, options):
+    with pytest.raises(ValueError) as error:
+        make(**options)
+    assert_refused(error, next(iter(options)), "Write" if "cpu_offload_layers" in options else "cpu_offload_dir=PATH")
+
+
+def test_training_on_the_host_needs_a_group_that_serves_it(make, monkeypatch, lines):
     monkeypatch.setattr("hf_qlora_fsdp.config.get_backend_config", lambda: "cuda:nccl")
     assert make().cpu_offload is False
     assert lines() == []
-    make(cpu_offload=True)
+    make(cpu_offload=True)  # nothing is reduced on the CPU
+    assert lines() == []
+    make(cpu_offload_trainable=True)
     (line,) = lines()
-    assert "cuda:nccl" in line and "modules_to_save" in line and "init_process_group" in line
+    assert "cuda:nccl" in line and "cpu_offload_trainable" in line and "init_process_group" in line
 
 
 def test_the_number_of_threads_is_left_alone(make, monkeypatch):
@@ -513,6 +535,7 @@ def test_a_second_trainer_gets_its_own_plugin(make, monkeypatch):
 LAUNCHED = """
 import json, os, sys
 from hf_qlora_fsdp.config import QLoRAFSDPConfig
+from hf_qlora_fsdp.inputs import read_policy
 
 config = QLoRAFSDPConfig(sys.argv[1], use_cpu=True)
 import torch.distributed as dist

@@ -13,20 +13,26 @@ GIB = 2**30
 
 def need(**changes) -> Need:
     values = {
-        "shards_bytes": 18 * GIB,
+        "resident_bytes": 18 * GIB,
         "unit_bytes": GIB,
         "tensor_bytes": GIB // 2,
-        "offloaded": False,
         "world_size": 2,
         "ranks_per_host": 2,
     }
     return Need(**(values | changes))
 
 
+OFFLOADED = {"resident_bytes": 0, "offloaded_bytes": 18 * GIB}
+MAPPED = {**OFFLOADED, "mapped": True, "staging_bytes": GIB}
+
+
 def test_peak_is_the_formula_of_the_loader():
-    assert need().peak("cuda") == {"cuda": 18 * GIB + 2 * GIB + GIB // 2, "host": 2 * (GIB // 2)}
-    assert need(offloaded=True).peak("cuda") == {"cuda": 2 * GIB + GIB // 2, "host": 2 * (18 * GIB + GIB // 2)}
-    assert need().peak("cpu") == {"host": 2 * (18 * GIB + 2 * GIB + GIB // 2)}
+    transient = 2 * GIB + GIB // 2
+    assert need().peak("cuda") == {"cuda": 18 * GIB + transient, "host": 2 * (GIB // 2)}
+    assert need(**OFFLOADED).peak("cuda") == {"cuda": transient, "host": 2 * (18 * GIB + GIB // 2)}
+    assert need(**MAPPED).peak("cuda") == {"disk": 36 * GIB, "cuda": transient, "host": 2 * (GIB + GIB // 2)}
+    assert need().peak("cpu") == {"host": 2 * (18 * GIB + transient)}
+    assert need(**OFFLOADED).peak("cpu") == {"host": 2 * (18 * GIB + transient)}
 
 
 def test_what_fits_to_the_byte_is_let_through():
@@ -42,13 +48,14 @@ def test_what_fits_to_the_byte_is_let_through():
     ("changes", "place", "advice"),
     [
         ({}, "cuda", "cpu_offload=True"),
-        ({"offloaded": True}, "cuda", "--nproc_per_node 4"),
-        ({"offloaded": True}, "host", "cpu_offload_pin_memory=False"),
+        (OFFLOADED, "cuda", "--nproc_per_node 4"),
+        (OFFLOADED, "host", "cpu_offload_dir=PATH"),
+        (MAPPED, "disk", "larger disk"),
         ({}, "host", "smaller model"),
     ],
 )
 def test_advice_is_about_the_place_that_is_short(changes, place, advice):
-    plenty = {"cuda": 1000 * GIB, "host": 1000 * GIB}
+    plenty = {"cuda": 1000 * GIB, "host": 1000 * GIB, "disk": 1000 * GIB}
     with pytest.raises(ValueError, match=r"'m' in 4 bits over 2 ranks needs .* are free") as error:
         check_fits("m", need(**changes), "cuda", plenty | {place: GIB // 4})
     assert advice in str(error.value)
@@ -66,7 +73,7 @@ def load_too_large(rank, model, tmp_path):
     original = loader.Weights.read
     loader.Weights.read = lambda self, name: read.append(name) or original(self, name)
     free = loader.available_bytes
-    loader.available_bytes = lambda device, with_swap: {"host": 1024}
+    loader.available_bytes = lambda device, **_: {"host": 1024}
     try:
         loader.load_quantized_model(model, progress=False)
     except (ValueError, RuntimeError) as error:

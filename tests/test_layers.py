@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "host", "units", "orders"},
     {"kernels", "ranks"},
     {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
-    | {"continuity", "demo_model", "grouping", "quantization", "translation", "watch", "weights"},
+    | {"demo_model", "grouping", "quantization", "translation", "watch", "weights"},
     {"expert_lora", "expert_stacks"},
     {"experts"},
     {"adapter_edits", "adapters", "config", "merge_folder", "planner", "recipes", "staging", "summary"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"blueprint", "sources"},
     {"random_weights"},
     {"loader", "export", "inputs", "merge_plan"},
+    {"continuity"},
     {"merging", "resuming", "checking"},
     {"trainer"},
     {"launch", "doctor", "demo"},

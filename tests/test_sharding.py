@@ -95,16 +95,18 @@ def compute_one(
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
     offload: bool = False,
+    policy: dict[str, Any] | None = None,
     reshard: bool = True,
     storage: torch.dtype = torch.uint8,
     **lora: Any,
 ) -> Computed:
     """Bring a model with an adapter onto the ranks in the way that `how` names, and run a step of one row a rank."""
-    policy = ShardingPolicy(param_dtype=dtype, cpu_offload=offload, reshard_after_forward=reshard)
+    changes = {"cpu_offload": offload, "reshard_after_forward": reshard, **(policy or {})}
+    settings = ShardingPolicy(param_dtype=dtype, **changes)
     config = LoraConfig(**LORA, **lora)
-    model = BUILDERS[how](folder, config, policy, storage)
+    model = BUILDERS[how](folder, config, settings, storage)
     draw_adapter(model)
-    check_sharded(model, policy)
+    check_sharded(model, settings)
     if checkpointing:
         checkpoint_activations(model)
     computed = step(model.train(), INPUT_IDS[rank : rank + 1])
@@ -137,9 +139,9 @@ def build_with_adapters_as_units(
 
     shard_unit = sharding.shard_unit
 
-    def shard_adapters_first(model, unit, policy, mesh, ignored):
+    def shard_adapters_first(model, unit, policy, mesh, ignored, store):
         shard_adapters([model.get_submodule(name) for name in unit.modules], policy, mesh)
-        shard_unit(model, unit, policy, mesh, ignored)
+        shard_unit(model, unit, policy, mesh, ignored, store)
 
     model = whole_model(folder, policy.param_dtype, storage)
     sharding.shard_unit = shard_adapters_first
