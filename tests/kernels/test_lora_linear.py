@@ -20,6 +20,7 @@ from tests.test_packing import make_linear
 
 ROWS, COLUMNS, RANK = 192, 320, 8
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+KINDS = ["2 dims", "3 dims", "3 dims, transposed"]
 
 
 def make_layer(dtype: torch.dtype = torch.bfloat16, bias: bool = False, seed: int = 0, **options) -> nn.Module:
@@ -63,15 +64,12 @@ def error_of(results, exact) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["2 dims", "3 dims", "3 dims, transposed"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("bias", "use_rslora", "x_wants_gradient"), list(itertools.product([False, True], repeat=3)))
-def test_it_is_no_less_exact_than_peft(dtype, kind, bias, use_rslora, x_wants_gradient):
-    layer = make_layer(dtype, bias, use_rslora=use_rslora)
+def compare_with_peft(dtype, kind, bias, use_rslora, x_wants_gradient, device="cpu") -> None:
+    layer = make_layer(dtype, bias, use_rslora=use_rslora).to(device)
     scaling = layer.scaling["default"]
     assert scaling == (24 / RANK**0.5 if use_rslora else 3)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    x, dy = make_inputs(kind, dtype)
+    x, dy = (tensor.to(device) for tensor in make_inputs(kind, dtype))
     x.requires_grad_(x_wants_gradient)
 
     w64 = layer.base_layer.dequantize().double()
@@ -87,6 +85,21 @@ def test_it_is_no_less_exact_than_peft(dtype, kind, bias, use_rslora, x_wants_gr
         assert mine.dtype == theirs.dtype == dtype and mine.shape == theirs.shape
     for mine, theirs in zip(error_of(fused, exact), error_of(unfused, exact), strict=True):
         assert mine <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bias", "use_rslora", "x_wants_gradient"), list(itertools.product([False, True], repeat=3)))
+def test_it_is_no_less_exact_than_peft(dtype, kind, bias, use_rslora, x_wants_gradient):
+    compare_with_peft(dtype, kind, bias, use_rslora, x_wants_gradient)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_it_is_no_less_exact_than_peft_on_a_gpu(dtype, kind):
+    for bias, use_rslora, x_wants_gradient in itertools.product([False, True], repeat=3):
+        compare_with_peft(dtype, kind, bias, use_rslora, x_wants_gradient, "cuda")
 
 
 def test_what_the_result_buffers_held_before_does_not_matter():
