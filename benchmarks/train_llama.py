@@ -60,6 +60,10 @@ def main() -> None:
         param_dtype=options.param_dtype,
         cpu_offload=options.cpu_offload,
         cpu_offload_pin_memory=not options.no_pin,
+        cpu_offload_layers=options.cpu_offload_layers,
+        cpu_offload_dir=options.cpu_offload_dir,
+        fuse_lora=not options.no_fuse,
+        use_liger_kernel=options.liger,
     )
     folder = options.checkpoints / options.shape
     if dist.get_rank() == 0 and not (folder / "config.json").exists():
@@ -112,6 +116,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--activation-offloading", action="store_true")
     parser.add_argument("--cpu-offload", action="store_true")
     parser.add_argument("--no-pin", action="store_true")
+    parser.add_argument("--cpu-offload-layers", type=int)
+    parser.add_argument("--cpu-offload-dir")
+    parser.add_argument("--no-fuse", action="store_true")
+    parser.add_argument("--liger", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 

@@ -143,6 +143,14 @@ class QLoRAFSDPConfig(SFTConfig):
         },
     )
 
+    fuse_lora: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute a 4-bit layer and its adapter as one function, and a gated MLP of such layers as another: "
+            "faster, with less memory and fewer roundings. Layers with dropout, DoRA or several adapters run as PEFT "
+            "has them; one line says so."
+        },
+    )
     on_nonfinite: str = field(
         default="stop",
         metadata={

@@ -170,7 +170,7 @@ class KeptFile(MappedFile):
 
     def fill(self, region: torch.Tensor, content: torch.Tensor) -> None:
         content = content.cpu()
-        index, checksum = self._index[region.data_ptr()], zlib.crc32(memoryview(content.numpy()))
+        index, checksum = self._index[region.data_ptr()], zlib.crc32(content.numpy().data)
         self.regions[index][1] = checksum
         if self.saved is None:
             super().fill(region, content)

@@ -32,6 +32,7 @@ from .anatomy import plan_units
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
 from .config import QLoRAFSDPConfig
 from .export import check_exportable, save_adapter
+from .fusion import fuse_lora
 from .inputs import (
     adopt_args,
     announce_default_adapter,
@@ -102,6 +103,8 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         with _hidden_from_trl(given["model"], args):
             super().__init__(**given)
         check_sharded(self.model, self.sharding_policy)
+        if args.fuse_lora:
+            fuse_lora(self.model)
         # What scripts call at their end, on the model instead of the trainer.
         self.model.save_pretrained = functools.partial(_save_pretrained, self.model)
         self.model.merge_and_unload = _refuse_merging
