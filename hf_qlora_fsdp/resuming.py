@@ -91,16 +91,14 @@ class ResumableTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.scaler is None:
-            self.gradient_watch.observe(loss)
+        self.gradient_watch.observe(loss)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once before each optimizer step, whether gradients are clipped or not."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:  # float16: infinite gradients are the loss scaler's daily work
-            step = self.state.global_step + 1
-            self.gradient_watch.examine(model, norm, step, lambda: newest_valid(self.args.output_dir)[0])
+        step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        self.gradient_watch.examine(model, norm, step, lambda: newest_valid(self.args.output_dir)[0], scaler)
         return norm
 
     # -- saving ------------------------------------------------------------------------------------------------------

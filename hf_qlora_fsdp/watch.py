@@ -9,6 +9,9 @@ end of each they tell one another, which costs one tiny reduction.
 logs do not show it: transformers replaces such losses by their average (`logging_nan_inf_filter`). The norm of all
 gradients, computed for clipping anyway, is looked at before each optimizer step; it is finite only if every loss and
 every gradient is. The run stops, or the step is skipped, with the rank named whose loss it was.
+
+In float16 the loss is scaled up before the backward, and gradients that overflow are how the scaler finds its scale: it
+skips the step and halves it. That is left to it, as long as every loss is finite and there is something to halve.
 """
 
 from __future__ import annotations
@@ -101,7 +104,12 @@ class GradientWatch:
         self.loss = loss if self.loss is None else self.loss + loss
 
     def examine(
-        self, model: nn.Module, norm: torch.Tensor | float, step: int, last_checkpoint: Callable[[], object]
+        self,
+        model: nn.Module,
+        norm: torch.Tensor | float,
+        step: int,
+        last_checkpoint: Callable[[], object],
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Stop or skip the step if the norm is infinite or not a number. A collective only in that case.
 
@@ -110,6 +118,7 @@ class GradientWatch:
             norm (`torch.Tensor` or `float`): Norm of all gradients, the same on every rank.
             step (`int`): The step that is about to be taken.
             last_checkpoint (`Callable`): Finds where to go back to.
+            scaler (`torch.amp.GradScaler`, *optional*): Of float16.
         Raises:
             NonFiniteError: The norm is not finite, and the run is to stop.
         """
@@ -120,6 +129,10 @@ class GradientWatch:
         dist.all_gather_object(losses, None if loss is None else float(loss))
         bad = {rank: loss for rank, loss in enumerate(losses) if loss is not None and not _is_finite(loss)}
         cause = f"the loss of rank {min(bad)} is {bad[min(bad)]}" if bad else "every loss is finite"
+        if scaler is not None and not bad:
+            if scaler.get_scale() > 1:
+                return
+            cause += f", and the loss scale has fallen to {scaler.get_scale()}"
         message = f"The norm of the gradients is {float(norm)} at step {step}; {cause}."
         if self.on_nonfinite == "stop":
             raise NonFiniteError(
@@ -128,8 +141,9 @@ class GradientWatch:
                 'on_nonfinite="skip".'
             )
         self.num_skipped += 1
-        for parameter in model.parameters():
-            parameter.grad = None  # optimizers pass over parameters without a gradient: no decay, no momentum
+        if scaler is None:  # which skips by itself, but wants to see the gradients
+            for parameter in model.parameters():
+                parameter.grad = None  # optimizers pass over parameters without a gradient: no decay, no momentum
         log_once("%s The step is skipped (%d so far).", message, self.num_skipped)
 
 

@@ -639,6 +639,88 @@ def test_the_step_is_skipped_and_training_goes_on(poisoned: list[dict[str, dict[
     assert len([line for line in poisoned[0][name]["said"] if "step 3; the loss of rank 1 is nan" in line]) == 1
 
 
+def train_scaled(rank: int, folder: str, out: str) -> dict[str, Any]:
+    """Train with a loss scaler, as float16 does; accelerate allows it on GPUs only, so it is put in its place here."""
+    from transformers import TrainerCallback
+
+    results: dict[str, Any] = {}
+
+    class Witness(TrainerCallback):
+        def __init__(self) -> None:
+            self.scales: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.scales.append(trainer.accelerator.scaler.get_scale())
+
+    def start(name: str, scale: float, **more: Any) -> Any:
+        trainer = training.ours(
+            folder, training.equal_rows(16), saving(f"{out}/{name}", max_steps=6) | more, callbacks=[Witness()]
+        )
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+        trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
+        compute_loss = trainer.compute_loss
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            loss = compute_loss(*args, **kwargs)
+            if name == "nan" and trainer.state.global_step == 3 and rank == 1:
+                return loss * float("nan")
+            if name == "collapse":
+                loss.register_hook(lambda grad: grad * float("inf"))
+            return loss
+
+        trainer.compute_loss = compute
+        return trainer
+
+    for name, scale in {"overflow": 2.0**127, "nan": 8.0, "collapse": 8.0}.items():
+        trainer = start(name, scale)
+        refusal = training.refusal(trainer.train)
+        witness = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "Witness")
+        results[name] = {
+            "refusal": refusal,
+            "scales": witness.scales,
+            "updates": {float(s["step"]) for s in trainer.optimizer.optimizer.state.values()},
+            "adapter": training.adapter_of(trainer.model),
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        }
+    trainer = start("resumed", 1.0, save_strategy="no")
+    run = training.run(trainer, resume_from_checkpoint=f"{out}/overflow/checkpoint-4")
+    results["resumed"] = {"run": run, "scale": trainer.accelerator.scaler.get_scale()}
+    return results
+
+
+@pytest.fixture(scope="module")
+def scaled(ranks: RankPool, folder: str, out: str) -> list[dict[str, Any]]:
+    return ranks.run(train_scaled, folder, f"{out}/scaled")
+
+
+def test_a_loss_scaler_is_left_to_its_work(scaled: list[dict[str, Any]]) -> None:
+    """It halves its scale until gradients are finite, and doubles it after three such steps."""
+    for result in (results["overflow"] for results in scaled):
+        assert result["refusal"] == ("nothing", "it went through")
+        scales = result["scales"]
+        assert len(scales) == 6 and scales[0] == 2.0**126, "the first step overflows"
+        num_skipped = sum(after < before for before, after in zip([2.0**127, *scales], scales, strict=False))
+        assert 0 < num_skipped < 6 and result["updates"] == {6.0 - num_skipped}
+        assert all(tensor.isfinite().all() for tensor in result["adapter"].values())
+
+
+def test_a_loss_scaler_is_resumed(scaled: list[dict[str, Any]]) -> None:
+    for results in scaled:
+        whole, resumed = results["overflow"], results["resumed"]
+        assert resumed["run"].losses == whole["losses"] and resumed["scale"] == whole["scales"][-1]
+        assert_same(resumed["run"].adapter, whole["adapter"])
+
+
+def test_a_loss_scaler_does_not_hide_numbers_that_are_none(scaled: list[dict[str, Any]], out: str) -> None:
+    for results in scaled:
+        kind, message = results["nan"]["refusal"]
+        assert kind == "NonFiniteError" and "step 4; the loss of rank 1 is nan" in message, message
+        assert f"{out}/scaled/nan/checkpoint-3" in message and results["nan"]["updates"] == {3.0}
+        kind, message = results["collapse"]["refusal"]
+        assert kind == "NonFiniteError" and "loss scale has fallen to 1.0" in message, message
+        assert results["collapse"]["scales"] == [4.0, 2.0, 1.0]
+
+
 # ---- A disk that is full ---------------------------------------------------------------------------------------------
 
 # Which write fails on rank 0, in the order in which they happen.

@@ -49,14 +49,15 @@ def test_one_signalled_rank_stops_all_after_the_same_step(ranks, number, signall
         assert result == [(False, False), (True, True), True, True]
 
 
-def examine(rank: int, action: str, norm: float, losses: list[float]) -> str:
+def examine(rank: int, action: str, norm: float, losses: list[float], scale: float | None = None) -> str:
     model = torch.nn.Linear(2, 2)
     model(torch.ones(1, 2)).sum().backward()
     watch = GradientWatch(action)
     for loss in (losses[rank], 1.0):  # the last of the step is as good as any
         watch.observe(torch.tensor(loss))
     try:
-        watch.examine(model, torch.tensor(norm), 7, lambda: "out/checkpoint-5")
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+        watch.examine(model, torch.tensor(norm), 7, lambda: "out/checkpoint-5", scaler)
     except NonFiniteError as error:
         return str(error)
     return f"{watch.num_skipped} skipped, gradient {'there' if model.weight.grad is not None else 'gone'}"
@@ -77,3 +78,12 @@ def test_the_run_stops_and_names_step_rank_and_checkpoint(ranks, norm):
 
 def test_a_step_can_be_skipped_instead(ranks):
     assert ranks.run(examine, "skip", float("nan"), [1.0, 2.0]) == ["1 skipped, gradient gone"] * 2
+
+
+def test_overflowing_gradients_are_left_to_the_loss_scaler(ranks):
+    assert ranks.run(examine, "stop", float("inf"), [1.0, 2.0], 4.0) == ["0 skipped, gradient there"] * 2
+    for said in ranks.run(examine, "stop", float("inf"), [1.0, float("nan")], 4.0):
+        assert "loss of rank 1 is nan" in said, "no scale mends that"
+    for said in ranks.run(examine, "stop", float("inf"), [1.0, 2.0], 1.0):
+        assert "every loss is finite, and the loss scale has fallen to 1.0" in said
+    assert ranks.run(examine, "skip", float("nan"), [1.0, float("nan")], 4.0) == ["1 skipped, gradient there"] * 2
