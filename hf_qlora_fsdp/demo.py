@@ -1,6 +1,6 @@
 """What `hf-qlora-fsdp demo` runs: a real model learns a countable task, sharded in 4 bits, while you watch.
 
-    this process                        N processes, started by torch.distributed.run
+    this process                        N processes, started by torch's agent
     find_model    a folder              QLoRAFSDPTrainer   plan, load, quantise, shard
     launch        start them, wait      answer             held-out orders, before
     answer_merged one plain model       trainer.train      NF4, LoRA r=16, loss on the answer alone
@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .demo_model import DEFAULT_MODEL, find_model
+from .launch import default_num_processes, run_workers
 from .orders import HELD_OUT, TRAIN, Example, generate_orders, score
 from .units import format_bytes, format_seconds
 
@@ -73,15 +72,13 @@ def launch(args: argparse.Namespace) -> int:
     model = find_model(args.model)
     report = Path(args.output_dir) / REPORT_FILE
     report.unlink(missing_ok=True)
-    num_processes = args.num_processes or _default_num_processes()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command += ["-m", "hf_qlora_fsdp.demo", f"--model={model}"]
+    num_processes = args.num_processes or default_num_processes()
+    arguments = [f"--model={model}"]
     for name in ("steps", "output_dir", "seed"):
-        command.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
-    num_threads = max(1, (os.cpu_count() or 1) // num_processes)
-    environment = {"OMP_NUM_THREADS": str(num_threads), **_KEEP_FREED_MEMORY, **os.environ}
-    code = subprocess.run(command, env=environment).returncode
-    if code:
+        arguments.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
+    failed = run_workers("hf_qlora_fsdp.demo", arguments, num_processes, _KEEP_FREED_MEMORY)
+    if failed:
+        code = next(iter(failed.values()))
         print(f"The demo failed with exit code {code}; the first error above says why.", file=sys.stderr)
         return 1
     answer_merged(model, report)
@@ -152,12 +149,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--min-accuracy {args.min_accuracy}: accuracy is a fraction of the answers. Give 0 to 1, as 0.8."
         )
-
-
-def _default_num_processes() -> int:
-    import torch
-
-    return torch.cuda.device_count() or 2
 
 
 # -- the N processes -------------------------------------------------------------------------------------------------

@@ -30,8 +30,10 @@ LAYERS = [
     {"loader", "export", "inputs", "merge_plan"},
     {"continuity"},
     {"merging", "resuming", "checking"},
-    {"trainer"},
-    {"launch", "doctor", "demo"},
+    {"launch", "trainer"},
+    {"matmul_share", "memory_cap", "memory_trace", "rehearsal_plot", "shortage"},
+    {"rehearsal_ranks", "rehearsal_report"},
+    {"doctor", "demo", "rehearsal"},
     {"cli"},
 ]
 
