@@ -1,5 +1,7 @@
 """Numbers for people. Inside the package a size is an `int` of bytes; only text says GiB, and only through here."""
 
+import re
+
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ("", "K", "M", "B", "T")
 
@@ -8,6 +10,24 @@ def format_bytes(num_bytes: float) -> str:
     """Format a size: `format_bytes(13_207_024_435)` is `"12.3 GiB"`."""
     value, unit = _scale(num_bytes, 1024, _BINARY)
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size that a person wrote: `parse_bytes("24GiB")` is `25_769_803_776`, `parse_bytes("80 GB")` is 80e9.
+
+    Raises:
+        ValueError: It is no size above zero, or has no unit.
+    """
+    factors = {unit.lower(): 1024**power for power, unit in enumerate(_BINARY)}
+    factors |= {f"{prefix}b".lower(): 1000**power for power, prefix in enumerate(("", "K", "M", "G", "T"))}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*", text)
+    num_bytes = round(float(match[1]) * factors.get(match[2].lower(), 0)) if match else 0
+    if num_bytes < 1:
+        raise ValueError(
+            f"{text!r} is not a size: it needs a number above zero and a unit, since 24 could mean 24 GiB (2^30 bytes "
+            "each) or 24 GB (10^9). Write 24GiB, or 24GB."
+        )
+    return num_bytes
 
 
 def format_count(count: float) -> str:
