@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .demo import add_arguments as add_demo_arguments
+from .rehearsal import add_arguments as add_rehearsal_arguments
 
 WHICH_BASE = """\
 which base:
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_demo_arguments(demo)
     demo.set_defaults(run=_run_demo)
+    _add_rehearse(commands)
     _add_merge(commands)
     _add_check(commands)
     args = parser.parse_args(argv)
@@ -64,6 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_demo(args: argparse.Namespace) -> int:
     from .demo import launch
+
+    return launch(args)
+
+
+def _add_rehearse(commands: Any) -> None:
+    rehearse = commands.add_parser(
+        "rehearse",
+        help="see whether a model fits and how fast it trains, before it is downloaded",
+        description="Train a model of the real shapes with random weights for a few steps, and report the memory of "
+        "cards and host by phase, and the speed. Only config.json is needed. Exits with 0 if it fits, with 1 "
+        "otherwise, and says then what was missing and what would help. Starts its own processes, or runs under "
+        "torchrun.",
+    )
+    add_rehearsal_arguments(rehearse)
+    rehearse.set_defaults(run=_run_rehearse)
+
+
+def _run_rehearse(args: argparse.Namespace) -> int:
+    from .rehearsal import launch
 
     return launch(args)
 
