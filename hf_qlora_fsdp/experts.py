@@ -30,7 +30,7 @@ columns of a matrix as it is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -113,6 +113,25 @@ class Experts4bit(nn.Module):
         """Make `packed` `[M, 1]` the weight of a projection."""
         self.register_parameter(name, nn.Parameter(packed, requires_grad=False))
 
+    def quantize(
+        self, name: str, matrices: Iterable[torch.Tensor], storage_dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Return the stack `[M, 1]` of a projection, made of one matrix after the other.
+
+        Args:
+            name (`str`): Which projection.
+            matrices (`Iterable`): `[N, K]` for each expert, in any dtype and on any device.
+            storage_dtype (`torch.dtype`): Dtype the stack is viewed in.
+            device (`torch.device`): Where they are quantised, and where the stack lies.
+        """
+        layout, parts = self.layouts[name], self.num_parts(name)
+        stack = torch.zeros(layout.packed_shape(storage_dtype), dtype=storage_dtype, device=device)
+        for expert, w_NK in enumerate(matrices):
+            pieces = w_NK.to(device, self.compute_dtype).reshape(parts, *layout.piece.shape)
+            for part, piece in enumerate(pieces):
+                insert_piece(stack, expert * parts + part, quantize(piece, layout.piece, storage_dtype), layout)
+        return stack
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -136,10 +155,10 @@ class Experts4bit(nn.Module):
             y = _PackedProduct.apply(x, self, name, groups)
             bias = getattr(self, f"{name}_bias", None)
             if bias is not None:
-                y = y + bias.to(y.dtype)[expert_of_row]
+                y = y.add_(bias.to(y.dtype)[expert_of_row])  # in place: y is the largest activation, and nobody's input
             for adapter in adapters:
                 delta = adapter.delta(x, groups) if adapter.parameter_name == name else None
-                y = y if delta is None else y + delta
+                y = y if delta is None else y.add_(delta)
             x = self.gating._apply_gate(y) if name == "gate_up_proj" else y
         place_of_row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         weighted = (x * top_k_weights.reshape(-1, 1)[order])[place_of_row]
@@ -256,11 +275,7 @@ def pack_experts(experts: nn.Module, **kwargs: Any) -> Experts4bit:
     """
     weights = {name: weight.detach() for name, weight in experts.named_parameters(recurse=False)}
     packed_experts = Experts4bit(experts, **kwargs)
-    for name, layout in packed_experts.layouts.items():
-        empty = getattr(packed_experts, name)
-        stack = torch.zeros(empty.shape, dtype=empty.dtype, device=weights[name].device)
-        pieces = weights[name].to(packed_experts.compute_dtype).reshape(-1, *layout.piece.shape)
-        for index, w_NK in enumerate(pieces):
-            insert_piece(stack, index, quantize(w_NK, layout.piece, empty.dtype), layout)
-        packed_experts.set_packed(name, stack)
+    for name in packed_experts.layouts:
+        storage_dtype, w_ENK = getattr(packed_experts, name).dtype, weights[name]
+        packed_experts.set_packed(name, packed_experts.quantize(name, w_ENK, storage_dtype, w_ENK.device))
     return packed_experts.train(experts.training)
