@@ -27,6 +27,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 _PACKAGES = ("hf_qlora_fsdp", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 _CHUNK_BYTES = 1 << 24
@@ -101,6 +102,21 @@ def check_continues(folder: str | os.PathLike[str], saved: Mapping[str, Any], no
         for name, version in now["versions"].items()
         if saved["versions"].get(name) != version
     ]
+
+
+def find_commit(base_model: str, **hub: Any) -> str | None:
+    """Return the commit on the Hub that a model was loaded from, as the cache tells; of a folder, `None`.
+
+    The config of a model carried it until transformers 5.23.
+
+    Args:
+        base_model (`str`): Hub id or folder.
+        **hub: `revision` and `cache_dir`, as the model was loaded with them.
+    """
+    try:
+        return extract_commit_hash(cached_file(base_model, "config.json", local_files_only=True, **hub), None)
+    except OSError:  # not in the cache: the weights were made by a script
+        return None
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:

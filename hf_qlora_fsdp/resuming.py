@@ -29,7 +29,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from .checkpoints import STAGING_PREFIX, clear_leftovers, newest_valid, prune, publish, seal, verify
-from .continuity import check_continues, compare_data, describe_data, describe_run
+from .continuity import check_continues, compare_data, describe_data, describe_run, find_commit
 from .export import load_adapters, load_optimizer, save_adapter, save_optimizer, synchronize, trained_adapters
 from .random_states import load_random_states, save_random_states
 from .ranks import fail_together, log_once, rank
@@ -276,13 +276,14 @@ class ResumableTrainer(SFTTrainer):
             )
 
     def _facts(self) -> dict[str, Any]:
-        base = base_model(self.model)
+        name = str(base_model(self.model).config.name_or_path)
+        options = self.args.model_init_kwargs or {}
         if self._data is None:
             self._data = describe_data(self.train_dataset)
         return describe_run(
             self.model,
-            base_model=str(base.config.name_or_path),
-            revision=getattr(base.config, "_commit_hash", None),
+            base_model=name,
+            revision=find_commit(name, **{key: options[key] for key in ("revision", "cache_dir") if key in options}),
             peft_configs={name: self.model.peft_config[name] for name in trained_adapters(self.model)},
             sequences_per_step=self.args.train_batch_size
             * self.args.gradient_accumulation_steps

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_qlora_fsdp.continuity import base_checksum, check_continues, compare_data, describe_data
+from hf_qlora_fsdp.continuity import base_checksum, check_continues, compare_data, describe_data, find_commit
 
 FACTS = {
     "base_model": "some/model",
@@ -89,6 +89,20 @@ def test_data_are_recognised_by_what_is_in_them(other, difference):
     found = compare_data(saved, now)
     assert found is None if difference is None else difference in found
     assert compare_data({}, now) is None  # a manifest of an earlier version does not say
+
+
+def test_the_commit_is_found_in_the_cache_and_nowhere_else(tmp_path):
+    repository = tmp_path / "models--org--name"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v2").write_text(commit)
+    assert find_commit("org/name", cache_dir=tmp_path, revision="v2") == commit
+    assert find_commit("org/name", cache_dir=tmp_path) is None
+    assert find_commit("org/other", cache_dir=tmp_path) is None
+    (tmp_path / "config.json").write_text("{}")
+    assert find_commit(str(tmp_path)) is None
 
 
 def test_short_data_are_recognised():

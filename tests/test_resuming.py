@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +33,7 @@ from tests.test_export import ADAPTER, LOGIT_BOUND, logits_of, optimizer_states
 from tests.tiny import make_checkpoint, tiny_dataset
 
 OPTIMIZER = "optimizer.safetensors"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
@@ -460,7 +462,7 @@ def craft(checkpoint: Path, copy: Path, marker: str, name: str | None, *removed:
     seal(copy, facts)
 
 
-def be_refused(rank: int, folder: str, other: str, out: str) -> dict[str, Any]:
+def be_refused(rank: int, folder: str, other: str, hub: str, out: str) -> dict[str, Any]:
     checkpoint = Path(out, "run", "checkpoint-2")
     rows = training.equal_rows(8)
     changes = saving(f"{out}/other", save_strategy="no")
@@ -501,6 +503,14 @@ def be_refused(rank: int, folder: str, other: str, out: str) -> dict[str, Any]:
         with training.listening() as said:
             other = training.run(training.ours(folder, data, changes), resume_from_checkpoint=str(checkpoint))
         results[name] = ([line for line in said if "other data" in line], other.losses)
+    cached = saving(f"{out}/hub", max_steps=1) | {"model_init_kwargs": {"cache_dir": hub}}
+    training.run(training.ours("org/name", rows, cached))
+    results["facts"] = verify(f"{out}/hub/checkpoint-1")
+    if rank == 0:
+        (Path(out, "run", "checkpoint-4") / OPTIMIZER).write_bytes(b"cut short")
+    with training.listening() as said:
+        passed_over = training.ours(folder, rows, saving(f"{out}/run", save_strategy="no"))
+        results["passed over"] = (said, training.run(passed_over, resume_from_checkpoint=True).losses)
     bombed = training.run(training.ours(folder, rows, changes), resume_from_checkpoint=f"{out}/bombs")
     results["losses"] = (whole.losses, bombed.losses)
     return results | {"exploded": [marker for marker in markers if os.path.exists(marker)]}
@@ -509,7 +519,11 @@ def be_refused(rank: int, folder: str, other: str, out: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def refused(ranks: RankPool, folder: str, out: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     other = make_checkpoint(tmp_path_factory.mktemp("other"), dtype=torch.float32, seed=1)
-    return ranks.run(be_refused, folder, other, f"{out}/refused")
+    hub = tmp_path_factory.mktemp("hub")
+    shutil.copytree(other, hub / "models--org--name" / "snapshots" / COMMIT)
+    (hub / "models--org--name" / "refs").mkdir()
+    (hub / "models--org--name" / "refs" / "main").write_text(COMMIT)
+    return ranks.run(be_refused, folder, other, str(hub), f"{out}/refused")
 
 
 @pytest.mark.parametrize(
@@ -536,6 +550,23 @@ def test_refused_on_all_ranks(refused: list[dict[str, Any]], case: str, words: l
     for word in words:
         assert word in message
     assert refused[1][case][0] in ("ValueError", "RankError")
+
+
+def test_a_checkpoint_says_what_it_belongs_to(refused: list[dict[str, Any]]) -> None:
+    facts = refused[0]["facts"]
+    assert (facts["base_model"], facts["revision"]) == ("org/name", COMMIT)
+    assert (facts["world_size"], facts["sequences_per_step"], facts["data"]["num_rows"]) == (2, 2, 8)
+    assert facts["adapters"]["default"]["r"] == 8
+    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+    assert {name: facts["versions"][name] for name in libraries} == {name: version(name) for name in libraries}
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(refused: list[dict[str, Any]]) -> None:
+    said, losses = refused[0]["passed over"]
+    (line,) = (line for line in said if line.startswith("Passed over: "))
+    assert f"{OPTIMIZER} in " in line and "run/checkpoint-4' is not the file that was saved" in line
+    assert [line for line in said if line.startswith("Resuming from ") and line.endswith("run/checkpoint-3.")]
+    assert losses == refused[0]["losses"][0]
 
 
 def test_data_may_be_started_over_with_another_batch(refused: list[dict[str, Any]]) -> None:
