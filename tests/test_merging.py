@@ -728,7 +728,8 @@ def test_command_line(base, tmp_path, capsys):
     arguments = ["merge", base(), adapter, str(tmp_path / "merged"), "--base-weights", "trained", "--dtype", "float32"]
     quantization = ["--quant-type", "fp4", "--no-double-quant", "--skip-modules", "lm_head", "up_proj"]
     assert main([*arguments, *quantization, "--compute-dtype", "float16"]) == 0
-    assert "from_pretrained" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "from_pretrained" in printed.out and "Merging: 100%" in printed.err
     written = merge_adapter(
         base(),
         adapter,
