@@ -8,6 +8,7 @@
 
 Each byte of the checkpoint is thus read by one rank of a node, and what travels is the packed result. Ranks of other
 nodes read their own copy: a disk is closer than another machine.
+The first load keeps what it made, and later ones read that: 4 bits, nothing to quantise (`shard_cache.py`).
 
 **Memory.** With S the bytes of a rank's shards, U those of the largest unit in its final form (4 bits, or 16 for the
 embedding), and T those of the largest single tensor as it lies in the checkpoint and once more in the parameter dtype
@@ -17,15 +18,18 @@ loading is
     S + 2 U + T
 
 The two units: the whole one being assembled, and its own staged part with the shard that FSDP copies out of it. T is on
-the host while it is read and on the device while it is quantised. The largest unit goes first, when S is still nothing.
+the host while it is read and on the device while it is quantised; smaller tensors are read ahead in its room. The
+largest unit goes first, when S is still nothing.
 
 A rank that cannot read its part tells the others at the end of the unit (`ranks.fail_together`), and all stop.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -44,6 +48,7 @@ from .fitting import Need, available_bytes, check_fits
 from .packing import PackedLinear4bit
 from .random_weights import draw_weights
 from .ranks import fail_together, join_process_group, local_world_size, rank
+from .shard_cache import choose_folder, consult
 from .sharding import (
     ShardingPolicy,
     float32_parameters,
@@ -65,14 +70,16 @@ class LoadReport:
     """What loading took, on this rank.
 
     Args:
-        checkpoint_bytes (`int`): Size of the checkpoint.
-        bytes_read (`int`): What this rank read of it.
+        checkpoint_bytes (`int`): Size of the checkpoint, or of what the shard cache holds in its place.
+        from_cache (`bool`): Whether that was a shard cache.
+        bytes_read (`int`): What this rank read.
         seconds (`float`): Wall time.
         largest_unit_bytes (`int`): U of the module docstring.
         largest_tensor_bytes (`int`): T of the module docstring.
     """
 
     checkpoint_bytes: int
+    from_cache: bool = False
     bytes_read: int = 0
     seconds: float = 0.0
     largest_unit_bytes: int = 0
@@ -89,6 +96,8 @@ def load_quantized_model(
     trust_remote_code: bool = False,
     progress: bool = True,
     random_weights: bool = False,
+    shard_cache: bool = True,
+    shard_cache_dir: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a causal LM in 4 bits, sharded over all ranks, without any rank ever holding it.
@@ -107,6 +116,10 @@ def load_quantized_model(
         progress (`bool`): Show a progress bar on rank 0.
         random_weights (`bool`): Draw the weights on the device instead of reading them (`random_weights.py`). Only the
             config is opened, which `model_id_or_path` may then name itself.
+        shard_cache (`bool`): Keep the quantised weights on disk, and read them instead of the checkpoint the next time.
+            Not for weights that are stored in 4 bits.
+        shard_cache_dir (`str`, *optional*): Where. Defaults to `HF_QLORA_FSDP_SHARD_CACHE_DIR`, else to
+            `hf_qlora_fsdp/shards` in `HF_HOME`. May be removed at any time.
         **kwargs: What `from_pretrained` takes: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`,
             `attn_implementation`, `use_kernels`, and values that override the config's.
     Returns:
@@ -137,7 +150,7 @@ def load_quantized_model(
         pinned = policy.cpu_offload and policy.pins_memory(mesh.device_type)
         free = available_bytes(loading.device, with_swap=not pinned, folder=policy.cpu_offload_dir)
         check_fits(model_id_or_path, loading.need(), mesh.device_type, free)
-    loading.run(peft_config, progress)
+    loading.run(peft_config, progress, choose_folder(shard_cache, shard_cache_dir))
     root = loading.root
     loading.report.seconds = time.monotonic() - started
     root.load_report = loading.report
@@ -172,21 +185,34 @@ class _Loading:
         self.ties = [tuple(map(self._slot, tie)) for tie in self.model.all_tied_weights_keys.items()]
         self.root = self.model
 
-    def run(self, peft_config: LoraConfig | None, progress: bool) -> None:
-        groups = self._group_pieces()
+    def run(self, peft_config: LoraConfig | None, progress: bool, cache: Path | None) -> None:
         if peft_config is not None:
             self.root = inject_adapter(self.model, peft_config)
+        # Only now: what is trained whole is wanted in float32, which is another form of it.
+        slots = {target: self._slot(target) for piece in self.source.pieces for target in piece.targets}
+        self.source, self.report.from_cache = consult(self.source, slots, self.model, self.device, cache)
+        self.report.checkpoint_bytes = self.source.num_bytes
+        groups = self._group_pieces()
+        readers = [self._assign(pieces) for _, pieces in groups]
+        me = rank() % local_world_size()
+        mine = [
+            piece
+            for (_, pieces), assigned in zip(groups, readers, strict=True)
+            for piece, reader in zip(pieces, assigned, strict=True)
+            if reader == me
+        ]
         node = _node_group()
-        with tqdm(
+        bar = tqdm(
             total=self.source.num_bytes,
             unit="B",
             unit_scale=True,
             desc="Loading",
             disable=not progress or rank() != 0,
-        ) as bar:
+        )
+        with bar, self.source.stream(mine):
             for index, (unit, pieces) in enumerate(groups):
                 bar.set_postfix_str(f"unit {index + 1}/{len(groups)}")
-                self._assemble(unit.name if unit else "the root", pieces, node)
+                self._assemble(unit.name if unit else "the root", pieces, readers[index], node)
                 modules = [self.model.get_submodule(name) for name in unit.modules] if unit else [self.root]
                 if peft_config is not None:
                     for module in modules:
@@ -235,11 +261,14 @@ class _Loading:
     def _final_bytes(self, pieces: list[Piece]) -> int:
         return sum(self._slot(target).tensor.nbytes for piece in pieces for target in piece.targets)
 
-    def _assemble(self, name: str, pieces: list[Piece], node: dist.ProcessGroup | None) -> None:
+    def _assign(self, pieces: list[Piece]) -> list[int]:
+        """Choose the reader of each piece of the next unit."""
+        return _balance([piece.num_bytes for piece in pieces], self.bytes_assigned)
+
+    def _assemble(self, name: str, pieces: list[Piece], readers: list[int], node: dist.ProcessGroup | None) -> None:
         """Make one unit's parameters whole on every rank of the node."""
         num_ranks = local_world_size()
         my_rank = rank() % num_ranks
-        readers = _balance([piece.num_bytes for piece in pieces], self.bytes_assigned)
         whole: dict[str, torch.Tensor] = {}
         with fail_together(f"reading {name}"):
             for piece, reader in zip(pieces, readers, strict=True):

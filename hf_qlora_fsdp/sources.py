@@ -4,14 +4,19 @@ The loader asks three things of a source: what pieces there are, how large each 
 form on the device. A piece is what one rank makes at once: the parameters that come out of the same stored bytes.
 Whether they are read from a checkpoint and quantised, read from a cache in 4 bits, or drawn at random is the source's
 affair; what is assembled, exchanged and sharded is the same (`loader.py`).
+
+Before the first piece is made, a source is told which ones this rank will make, in their order (`Source.stream`). One
+that reads files then reads ahead while others are being quantised, in no more host memory than its largest piece takes
+(the T of `loader.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -50,12 +55,14 @@ class Piece:
         num_bytes (`int`): What is read for them.
         transient_bytes (`int`): What is in memory while they are made, beside themselves in their final form.
         make (`Callable`): Makes them: slots and device in, tensors in their final form out, by target.
+        reads (`tuple[str, ...]`): Stored tensors that are read for them.
     """
 
     targets: tuple[str, ...]
     num_bytes: int
     transient_bytes: int
     make: Callable[[Slots, torch.device], dict[str, torch.Tensor]]
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,16 @@ class Source:
     Args:
         pieces (`list[Piece]`): Every parameter is a target of one of them.
         count_bytes_read (`Callable`): Returns what this rank has read so far.
+        stream (`Callable`): Is given the pieces that this rank will make, in their order, and returns a context to make
+            them in.
+        identify (`Callable`, *optional*): Says, ready for JSON, what beside the shapes decides the values of all
+            pieces. `None` where nothing is gained by keeping them (`shard_cache.py`).
     """
 
     pieces: list[Piece]
     count_bytes_read: Callable[[], int]
+    stream: Callable[[list[Piece]], AbstractContextManager[None]] = lambda pieces: nullcontext()
+    identify: Callable[[], dict[str, Any]] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -88,16 +101,40 @@ def plan_checkpoint(
     Raises:
         ValueError: A tensor is missing, unexpected, or has a shape that the config does not describe.
     """
+    recipes = plan_recipes(model, weights, key_mapping)
     pieces = [
         Piece(
             tuple(recipe.targets),
             recipe.num_bytes(weights),
             recipe.transient_bytes(weights, param_dtype),
-            partial(_quantize_stored, recipe, weights),
+            partial(_make, recipe, weights),
+            tuple(recipe.stored_names),
         )
-        for recipe in plan_recipes(model, weights, key_mapping)
+        for recipe in recipes
     ]
-    return Source(pieces, lambda: weights.bytes_read)
+    budget = max(piece.num_bytes for piece in pieces)
+    return Source(
+        pieces,
+        lambda: weights.bytes_read,
+        lambda mine: weights.reading_ahead([name for piece in mine for name in piece.reads], budget),
+        None if any(recipe.quant_state for recipe in recipes) else partial(_identify, recipes, weights, model),
+    )
+
+
+def _identify(recipes: list[Recipe], weights: Weights, model: PreTrainedModel) -> dict[str, Any]:
+    """Say what is read: these files, and where tensors are converted, by a config that conversions may consult."""
+    config: dict[str, Any] = {}
+    if any(recipe.converter for recipe in recipes):
+        config = model.config.to_dict()
+        for name in ("_name_or_path", "quantization_config"):  # another place, and what the slots say already
+            config.pop(name, None)
+    return {"files": weights.identify(), "config": config}
+
+
+def _make(recipe: Recipe, weights: Weights, slots: Slots, device: torch.device) -> dict[str, torch.Tensor]:
+    made = _quantize_stored(recipe, weights, slots, device)
+    weights.release(recipe.stored_names)  # only now: as long as it was needed, it counted
+    return made
 
 
 def _quantize_stored(recipe: Recipe, weights: Weights, slots: Slots, device: torch.device) -> dict[str, torch.Tensor]:

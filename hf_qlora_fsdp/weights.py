@@ -51,7 +51,7 @@ DTYPES = {
 BLOCK_BYTES = 1 << 24
 """What is read, and checked, at once."""
 
-_NUM_READERS = 4
+_NUM_READERS = 8
 _SAMPLE_BYTES = 64
 _BLOB = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
 """A file in the Hub's cache is called by its hash: SHA-256 for large files, that of git for others."""

@@ -12,6 +12,8 @@ from tests.distributed import RankPool
 # Read by the libraries at import time, and inherited by every process that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# No model that a test loads is kept on disk, least of all in the user's own cache.
+os.environ["HF_QLORA_FSDP_SHARD_CACHE_DIR"] = ""
 # One thread, as the ranks have: a sum then has the same order, and so the same rounding, in a test and on its ranks.
 os.environ["OMP_NUM_THREADS"] = "1"
 
