@@ -142,6 +142,20 @@ class QLoRAFSDPConfig(SFTConfig):
             "communication and holds the whole 4-bit model on every device from forward to backward."
         },
     )
+    shard_cache: bool = field(
+        default=True,
+        metadata={
+            "help": "Write the quantised weights to disk when a model is first loaded, and read these, a quarter of "
+            "the bytes, when it is loaded again with the same settings on any number of ranks."
+        },
+    )
+    shard_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for them. If not set, the environment variable HF_QLORA_FSDP_SHARD_CACHE_DIR, else "
+            "hf_qlora_fsdp/shards in HF_HOME. It may be removed at any time."
+        },
+    )
 
     fuse_lora: bool = field(
         default=True,

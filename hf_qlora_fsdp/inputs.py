@@ -134,6 +134,7 @@ def read_model_options(args: QLoRAFSDPConfig, quantization: BitsAndBytesConfig |
     if dtype not in (None, "auto"):
         check_same_dtype(_parse_dtype(dtype), args.compute_dtype)
     options.setdefault("trust_remote_code", args.trust_remote_code)
+    options = {"shard_cache": args.shard_cache, "shard_cache_dir": args.shard_cache_dir} | options
     options["quantization_config"] = _settle_quantization(quantization or inner, args)
     return options
 

@@ -119,6 +119,15 @@ def lose_the_checkpoint(rank: int, folder: str, cache: Path) -> tuple[str, str]:
     return "none", ""
 
 
+def read_arguments(rank: int, folder: str) -> tuple[bool, str | None]:
+    from hf_qlora_fsdp.config import QLoRAFSDPConfig
+    from hf_qlora_fsdp.inputs import read_model_options
+
+    chosen = {"shard_cache": False, "shard_cache_dir": folder} if rank else {}
+    options = read_model_options(QLoRAFSDPConfig(folder, **chosen), None)
+    return options["shard_cache"], options["shard_cache_dir"]
+
+
 # ---- In one process --------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +312,10 @@ def test_choice_of_the_folder(monkeypatch, tmp_path):
     assert shard_cache.choose_folder(True, None) == Path.home() / "x"
     monkeypatch.delenv(shard_cache.FOLDER_VARIABLE)
     assert shard_cache.choose_folder(True, None) == tmp_path / "hf_qlora_fsdp" / "shards"
+
+
+def test_arguments_of_a_run_reach_the_loader(ranks, tmp_path):
+    assert ranks.run(read_arguments, str(tmp_path)) == [(True, None), (False, str(tmp_path))]
 
 
 # ---- Damage ----------------------------------------------------------------------------------------------------------
