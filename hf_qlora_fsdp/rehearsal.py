@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--param-dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--attn-implementation", metavar="NAME", help="as in from_pretrained (the model's default)")
+    parser.add_argument("--no-fuse-lora", action="store_true", help="a 4-bit layer and its adapter one after the other")
+    parser.add_argument("--use-liger-kernel", action="store_true", help="needs liger-kernel")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
     offload = parser.add_argument_group("offloading")
     offload.add_argument("--cpu-offload", action="store_true", help="frozen weights in host memory")

@@ -119,6 +119,10 @@ class Rehearsal:
             gradient_checkpointing=not options.no_gradient_checkpointing,
             activation_offloading=options.activation_offloading,
             param_dtype=options.param_dtype,
+            fuse_lora=not options.no_fuse_lora,
+            use_liger_kernel=options.use_liger_kernel,
+            # Of a gated MLP, the fused layers do more than Liger's kernel, which would take their place.
+            liger_kernel_config=None if options.no_fuse_lora else {"swiglu": False},
             cpu_offload=options.cpu_offload,
             cpu_offload_pin_memory=not options.no_pin,
             # CL

@@ -70,7 +70,15 @@ def _describe_run(outcome: dict[str, Any]) -> str:
     trained = f"LoRA r={options['lora_r']} on {', '.join(options['target_modules'])}"
     counts = outcome.get("parameters")
     sizes = f", {format_count(counts['4bit'])} parameters in 4 bits" if counts else ""
-    flags = ("cpu_offload", "no_pin", "cpu_offload_layers", "cpu_offload_dir", "activation_offloading")
+    flags = (
+        "no_fuse_lora",
+        "use_liger_kernel",
+        "cpu_offload",
+        "no_pin",
+        "cpu_offload_layers",
+        "cpu_offload_dir",
+        "activation_offloading",
+    )
     chosen = [name for name in (*flags, "no_gradient_checkpointing") if options.get(name) not in (None, False)]
     shown = [f"{name}={options[name]}" if options[name] is not True else name for name in chosen]
     per_step = outcome["world_size"] * options["batch"] * options["grad_accumulation"]
