@@ -24,7 +24,9 @@ def read_runs(results: Path = RESULTS) -> dict[tuple[str, str], dict[str, str]]:
     runs: dict[tuple[str, str], dict[str, str]] = {}
     with results.open(newline="") as stream:
         for row in csv.DictReader(stream):
-            _, _, arguments = row["command"].partition("train_llama.py ")
+            _, script, arguments = row["command"].partition("train_llama.py ")
+            if not script:  # offload.py prints a table of its own
+                continue
             name = row["claim"].rpartition(": ")[2]
             runs.setdefault((row["hardware"], arguments), {})[name] = row["value"]
     return runs
