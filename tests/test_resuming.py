@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from hf_qlora_fsdp.checkpoints import MANIFEST, newest_valid, seal, verify
 from tests import training
 from tests.distributed import RankPool
-from tests.test_export import ADAPTER, LOGIT_BOUND, logits_of, optimizer_states
+from tests.test_export import ADAPTER, LOGIT_BOUND, logits_of
 from tests.tiny import make_checkpoint, tiny_dataset
 
 OPTIMIZER = "optimizer.safetensors"
@@ -55,6 +55,18 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert one.keys() == other.keys() and one
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def optimizer_states(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return the optimizer's states whole, in the order of the parameters."""
+    states = {}
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    for group in trainer.optimizer.optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in trainer.optimizer.optimizer.state[parameter].items():
+                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+                states[f"{names[id(parameter)]} {key}"] = whole.clone()
+    return states
 
 
 # ---- The matrix ------------------------------------------------------------------------------------------------------
