@@ -101,13 +101,16 @@ def consult(
     node = rank() // local_world_size()
     looks = _gather(look)
     ours = [other for other in looks if other.node == node]
+    if len({other.key for other in ours}) > 1:  # they do not even read the same checkpoint
+        for other in ours:
+            other.found = other.wants_to_write = False
     num_bytes = sum(slot.tensor.nbytes for slot in slots.values())
     for problem in sorted({other.problem for other in ours if other.problem}):
         _say(problem)
     # Another node may have to write where this one can read, and they agree on that together.
     writes = any(other.wants_to_write for other in looks)
     staging = _agree_on_staging(looks, look, root, num_bytes) if writes else None
-    if len({other.key for other in ours}) == 1 and all(other.found for other in ours):
+    if all(other.found for other in ours):
         assert cache is not None
         log_once("Reading %s from the shard cache %s, not the checkpoint.", format_bytes(num_bytes), cache.folder)
         return cache.make_source(source, slots), True
@@ -120,7 +123,7 @@ def consult(
         format_bytes(num_bytes),
         folder,
     )
-    manifest = {"about": _describe_run(model), "facts": look.facts, "block_bytes": BLOCK_BYTES}
+    manifest = {"about": _describe_run(model, source.revision), "facts": look.facts, "block_bytes": BLOCK_BYTES}
     writer = CacheWriter(staging, folder, manifest, local_world_size(), rank() % local_world_size())
     return _writing_source(source, slots, writer), False
 
@@ -187,13 +190,13 @@ def _describe_slot(slot: Slot) -> tuple[Any, ...]:
     return (list(slot.tensor.shape), str(slot.tensor.dtype), *(kind if slot.is_packed else ()))
 
 
-def _describe_run(model: PreTrainedModel) -> dict[str, Any]:
+def _describe_run(model: PreTrainedModel, revision: str | None) -> dict[str, Any]:
     """Return what somebody who opens the manifest wants to know, and nothing depends on."""
     config: Any = model.config
     quantization = config.quantization_config
     return {
         "model": config.name_or_path,
-        "revision": getattr(config, "_commit_hash", None),
+        "revision": revision,
         "quantization": {name: value for name, value in quantization.to_dict().items() if not name.startswith("_")},
         "param_dtype": format_dtype(quantization.bnb_4bit_compute_dtype),
         "world_size": dist.get_world_size(),

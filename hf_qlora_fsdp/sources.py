@@ -76,12 +76,14 @@ class Source:
             them in.
         identify (`Callable`, *optional*): Says, ready for JSON, what beside the shapes decides the values of all
             pieces. `None` where nothing is gained by keeping them (`shard_cache.py`).
+        revision (`str`, *optional*): The commit on the Hub, to be told to people.
     """
 
     pieces: list[Piece]
     count_bytes_read: Callable[[], int]
     stream: Callable[[list[Piece]], AbstractContextManager[None]] = lambda pieces: nullcontext()
     identify: Callable[[], dict[str, Any]] | None = None
+    revision: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -118,6 +120,7 @@ def plan_checkpoint(
         lambda: weights.bytes_read,
         lambda mine: weights.reading_ahead([name for piece in mine for name in piece.reads], budget),
         None if any(recipe.quant_state for recipe in recipes) else partial(_identify, recipes, weights, model),
+        weights.revision,
     )
 
 

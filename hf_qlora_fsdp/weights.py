@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class Weights:
     @property
     def num_bytes(self) -> int:
         return sum(stored.num_bytes for stored in self.tensors.values())
+
+    @property
+    def revision(self) -> str | None:
+        """The commit on the Hub that the files are of, `None` for those of a folder."""
+        return extract_commit_hash(self.files[0], None)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into host memory, or take it from what was read ahead."""

@@ -51,6 +51,11 @@ def load_and_write(rank: int, folder: str, cache: Any, options: dict[str, Any] |
     return loaded
 
 
+def load_apart(rank: int, folders: list[str], cache: Path) -> Loaded:
+    """Give each rank a checkpoint of its own."""
+    return load_and_write(rank, folders[rank], cache)
+
+
 def load_on_nodes(rank: int, folder: str, cache: Any) -> Loaded:
     """Pretend that each rank is a node of its own."""
     os.environ["LOCAL_WORLD_SIZE"] = "1"
@@ -272,6 +277,35 @@ def test_a_changed_checkpoint_is_another_one(ranks, tmp_path):
     changed = ranks.run(load_and_write, folder, root)
     assert_same(changed, ranks.run(load, folder, {}), from_cache=False)
     assert len(caches(root)) == 2
+
+
+def test_ranks_that_do_not_agree_keep_nothing(ranks, tmp_path):
+    folders = [make_checkpoint(tmp_path / "one"), make_checkpoint(tmp_path / "other", seed=1)]
+    loaded = ranks.run(load_apart, folders, tmp_path / "shards")
+    assert lines(loaded) == [] and caches(tmp_path / "shards") == []
+
+
+def test_revisions_of_the_hub(ranks, tmp_path):
+    """Two commits with other weights, and one that changed something else."""
+    hub = tmp_path / "hub" / "models--org--name"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "refs").mkdir()
+    for number, seed in enumerate((0, 1, 0)):
+        commit, snapshot = f"{number}" * 40, hub / "snapshots" / (f"{number}" * 40)
+        make_checkpoint(snapshot, seed=seed)
+        file, blob = snapshot / "model.safetensors", hub / "blobs" / (f"{seed}" * 64)
+        file.rename(blob)
+        file.symlink_to(blob)
+        (hub / "refs" / f"v{number}").write_text(commit)
+    found = []
+    for number in range(3):
+        options = {"cache_dir": str(tmp_path / "hub"), "revision": f"v{number}"}
+        found.append(ranks.run(load_and_write, "org/name", tmp_path / "shards", options)[0]["report"].from_cache)
+        revisions = {
+            json.loads((cache / "manifest.json").read_text())["about"]["revision"]
+            for cache in caches(tmp_path / "shards")
+        }
+    assert found == [False, False, True] and revisions == {"0" * 40, "1" * 40}
 
 
 def test_identity_of_a_checkpoint(tmp_path):
