@@ -64,6 +64,7 @@ def main() -> None:
         cpu_offload_dir=options.cpu_offload_dir,
         fuse_lora=not options.no_fuse,
         use_liger_kernel=options.liger,
+        liger_kernel_config={"swiglu": False} if options.liger else None,
     )
     folder = options.checkpoints / options.shape
     if dist.get_rank() == 0 and not (folder / "config.json").exists():

@@ -62,7 +62,9 @@ def available_bytes(device: torch.device, *, with_swap: bool, folder: Path | Non
     """
     free = {"host": free_memory_bytes(with_swap=with_swap)}
     if device.type != "cpu":
-        free["cuda"] = torch.cuda.mem_get_info(device)[0]
+        unused, total = torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - torch.cuda.memory_reserved(device)
+        free["cuda"] = min(unused, allowed)
     if folder is not None:
         free["disk"] = psutil.disk_usage(str(folder)).free
     return free

@@ -29,7 +29,6 @@ from .ranks import log_once, rank, world_size
 from .units import format_bytes
 
 _FORMAT = 1
-_MAPPING_BYTES = 1 << 30
 
 
 class HostMemory:
@@ -39,9 +38,9 @@ class HostMemory:
         """Return a new region, all zeros, as a tensor `[num_bytes]` of bytes."""
         return _map_memory(num_bytes)[1]
 
-    def fill(self, region: torch.Tensor, content: torch.Tensor) -> None:
-        """Copy bytes, from any device, into the beginning of a region."""
-        region[: content.numel()].copy_(content)
+    def fill(self, stretch: torch.Tensor, content: torch.Tensor) -> None:
+        """Copy bytes, from any device, to a stretch of the region that was made last."""
+        stretch.copy_(content)
 
     def seal(self) -> None:
         """Take note that the regions handed out so far are filled."""
@@ -85,10 +84,8 @@ class MappedFile(HostMemory):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._mapping: mmap.mmap | None = None
-        self._start = self._used = self._sealed = 0
-        """Where in the file the mapping begins; up to where in it there are regions, and sealed ones."""
+        self.folder, self.size = folder, 0
+        self._unsealed: list[mmap.mmap] = []
         if not folder.is_dir():
             raise ValueError(
                 f"cpu_offload_dir={str(folder)!r} is no folder, so there is nowhere to put the shards. Make it, on a "
@@ -107,24 +104,16 @@ class MappedFile(HostMemory):
     def allocate(self, num_bytes: int) -> torch.Tensor:
         if not num_bytes:
             return torch.empty(0, dtype=torch.uint8)
-        full = self._mapping is None or self._used + num_bytes > len(self._mapping)
-        if full:
-            self.seal()
-            self._start, self._used, self._sealed = self._start + len(self._mapping or b""), 0, 0
-        self._reserve(self._start + self._used, num_bytes)
-        if full:  # each mapping holds a file descriptor, of which a process has few: hence not one a region
-            length = max(_MAPPING_BYTES, _whole_pages(num_bytes))
-            if os.fstat(self.file.fileno()).st_size < self._start + length:
-                os.ftruncate(self.file.fileno(), self._start + length)
-            self._mapping = mmap.mmap(self.file.fileno(), length, offset=self._start)
-        region = torch.frombuffer(self._mapping, dtype=torch.uint8, offset=self._used, count=num_bytes)
-        self._used += _whole_pages(num_bytes)
-        return region
+        self._reserve(self.size, num_bytes)
+        mapping = mmap.mmap(self.file.fileno(), num_bytes, offset=self.size)
+        self._unsealed.append(mapping)
+        self.size += _whole_pages(num_bytes)
+        return torch.frombuffer(mapping, dtype=torch.uint8)
 
     def seal(self) -> None:
-        if self._mapping is not None:
-            self._mapping.flush(self._sealed, self._used - self._sealed)  # written now, its pages are clean
-            self._sealed = self._used
+        for mapping in self._unsealed:
+            mapping.flush()  # written now, its pages are clean
+        self._unsealed.clear()
 
     def _open(self) -> Any:
         return tempfile.TemporaryFile(dir=self.folder)
@@ -143,9 +132,9 @@ class MappedFile(HostMemory):
 
 
 class KeptFile(MappedFile):
-    """A mapped file that stays, beside a manifest that says how large each region is and what checksum it has.
+    """A mapped file that stays, beside a manifest that says what was written where, with checksums.
 
-    The next run with the same weights on as many ranks finds each region as it would write it, and writes nothing.
+    The next run with the same weights on as many ranks finds in it what it would write, and writes nothing.
 
     Raises:
         ValueError: The file is in use, unfinished, changed, or holds other weights.
@@ -154,37 +143,40 @@ class KeptFile(MappedFile):
     def __init__(self, folder: Path) -> None:
         self.path = folder / f"shards-{rank():05d}-of-{world_size():05d}.bin"
         self.manifest = self.path.with_suffix(".json")
-        self.regions: list[list[int]] = []
-        """Bytes and checksum of each region."""
+        self.written: list[list[int]] = []
+        """Place in the file, bytes, and checksum of each content."""
         self.saved: list[list[int]] | None = None
-        """What the manifest says they were, if the file is used again."""
-        self._index: dict[int, int] = {}
+        """What the manifest says these were, if the file is used again."""
+        self._region_starts = (0, 0)
         super().__init__(folder)
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
+        start = self.size
         region = super().allocate(num_bytes)
-        if num_bytes:
-            self._index[region.data_ptr()] = len(self.regions)
-            self.regions.append([num_bytes, 0])
+        self._region_starts = (start, region.data_ptr())
         return region
 
-    def fill(self, region: torch.Tensor, content: torch.Tensor) -> None:
+    def fill(self, stretch: torch.Tensor, content: torch.Tensor) -> None:
         content = content.cpu()
-        index, checksum = self._index[region.data_ptr()], zlib.crc32(content.numpy().data)
-        self.regions[index][1] = checksum
+        in_file, in_memory = self._region_starts  # a unit is filled before the next one's region is made
+        entry = [in_file + stretch.data_ptr() - in_memory, content.numel(), zlib.crc32(content.numpy().data)]
+        self.written.append(entry)
         if self.saved is None:
-            super().fill(region, content)
-        elif self.saved[index][1] != checksum:
+            super().fill(stretch, content)
+        elif len(self.written) > len(self.saved) or entry[:2] != self.saved[len(self.written) - 1][:2]:
+            self._refuse("it holds the shards of another model")
+        elif entry != self.saved[len(self.written) - 1]:
             self._refuse("it holds other weights")
 
     def finish(self) -> None:
-        if self.saved is not None and len(self.saved) != len(self.regions):
-            self._refuse("it holds the shards of a larger model")
-        if self.saved is None:
-            os.fsync(self.file.fileno())
-            staged = self.manifest.with_suffix(".staged")
-            staged.write_text(json.dumps({"format": _FORMAT, "regions": self.regions, **_describe(self.path)}))
-            staged.replace(self.manifest)
+        if self.saved is not None:
+            if len(self.saved) != len(self.written):
+                self._refuse("it holds the shards of another model")
+            return
+        os.fsync(self.file.fileno())
+        staged = self.manifest.with_suffix(".staged")
+        staged.write_text(json.dumps({"format": _FORMAT, "written": self.written, **_describe(self.path)}))
+        staged.replace(self.manifest)
 
     def _open(self) -> Any:
         with contextlib.ExitStack() as on_error:
@@ -207,13 +199,13 @@ class KeptFile(MappedFile):
             self._refuse("another version of this package wrote it")
         if _describe(self.path) != {"size": saved["size"], "mtime_ns": saved["mtime_ns"]}:
             self._refuse("it was changed after its manifest was written")
-        return saved["regions"]
+        return saved["written"]
 
     def _reserve(self, start: int, num_bytes: int) -> None:
         if self.saved is None:
             super()._reserve(start, num_bytes)
-        elif len(self.regions) >= len(self.saved) or self.saved[len(self.regions)][0] != num_bytes:
-            self._refuse("it holds the shards of another model, or in another order")
+        elif start + num_bytes > _describe(self.path)["size"]:
+            self._refuse("it holds the shards of another model")
 
     def _refuse(self, why: str) -> NoReturn:
         raise ValueError(

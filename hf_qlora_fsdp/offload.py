@@ -27,7 +27,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .host_memory import HostMemory, PinnedMemory
-from .staging import StagingRing, slot_bytes
+from .staging import StagingRing
+
+ALIGNMENT = 512
 
 _aten = torch.ops.aten
 _VIEWS = {
@@ -41,37 +43,57 @@ _VIEWS = {
 
 
 class HostShard:
-    """A rank's part of one weight, padded as FSDP pads it, in a region of host memory.
+    """A rank's part of one weight, padded as FSDP pads it: a stretch of its unit's region.
 
     Args:
         unit (`HostUnit`): The unit it is gathered with.
+        start (`int`): Where in the region it begins.
         shape (`tuple[int, ...]`): Shape of the padded part.
         dtype (`torch.dtype`): Its dtype.
     """
 
-    def __init__(self, unit: HostUnit, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.unit, self.dtype, self.shape = unit, dtype, shape
-        self.region = unit.store.memory.allocate(torch.Size(shape).numel() * dtype.itemsize)
+    def __init__(self, unit: HostUnit, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.unit, self.start, self.shape, self.dtype = unit, start, shape, dtype
+        self.num_bytes = torch.Size(shape).numel() * dtype.itemsize
 
-    def on_host(self) -> torch.Tensor:
-        """Return it where it lies."""
-        return self.region.view(self.dtype).view(self.shape)
+    def cut(self, region: torch.Tensor) -> torch.Tensor:
+        """Return it out of the unit's region, or out of a copy of that."""
+        return region[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
 
-    def on_device(self) -> torch.Tensor:
-        """Return a copy on the accelerator, in stream order; on the CPU, itself."""
-        return self.unit.store.fetch(self).view(self.dtype).view(self.shape)
+    def fill(self, content: torch.Tensor) -> None:
+        """Write its first rows; FSDP pads what is short with zeros, which a new region holds."""
+        raw = content.detach().to(self.dtype).contiguous().view(-1).view(torch.uint8)
+        stretch = self.unit.region[self.start : self.start + raw.numel()]
+        self.unit.store.memory.fill(stretch, raw)
 
 
 class HostUnit:
-    """The shards that are gathered together."""
+    """The shards that are gathered together, side by side in one region of host memory.
 
-    def __init__(self, store: HostStore) -> None:
+    Args:
+        store (`HostStore`): Where it belongs.
+        num_bytes (`int`): Room for all of them, see `padded_bytes`.
+    """
+
+    def __init__(self, store: HostStore, num_bytes: int) -> None:
         self.store = store
+        self.region = store.memory.allocate(num_bytes)
         self.shards: list[HostShard] = []
+        self._sent: dict[HostShard, torch.Tensor] = {}
 
-    @property
-    def regions(self) -> list[torch.Tensor]:
-        return [shard.region for shard in self.shards]
+    def add(self, shape: tuple[int, ...], dtype: torch.dtype) -> HostShard:
+        """Return the next shard."""
+        start = sum(padded_bytes(shard.num_bytes) for shard in self.shards)
+        self.shards.append(HostShard(self, start, shape, dtype))
+        assert start + self.shards[-1].num_bytes <= self.region.numel()
+        return self.shards[-1]
+
+    def send(self, shard: HostShard) -> torch.Tensor:
+        """Return a shard on the device, in stream order. The first one that is asked for brings the others along."""
+        if shard not in self._sent:
+            region = self.store.fetch(self)
+            self._sent = {other: other.cut(region) for other in self.shards}
+        return self._sent.pop(shard)  # once it has been gathered, nobody holds it
 
 
 class HostStore:
@@ -87,22 +109,29 @@ class HostStore:
         self.units: list[HostUnit] = []
         self._ring: StagingRing | None = None
 
-    @property
-    def pinned(self) -> bool:
-        return isinstance(self.memory, PinnedMemory)
-
-    def add_unit(self) -> HostUnit:
+    def add_unit(self, num_bytes: int) -> HostUnit:
         """Return a new unit, to which the next weights belong."""
-        self.units.append(HostUnit(self))
+        self.units.append(HostUnit(self, num_bytes))
         return self.units[-1]
 
-    def fetch(self, shard: HostShard) -> torch.Tensor:
-        """Return a shard's bytes `[num_bytes]` on the device, valid for what the current stream does from now on."""
-        if self.pinned:
-            return shard.region.to(self.device, non_blocking=True)
+    def fetch(self, unit: HostUnit) -> torch.Tensor:
+        """Return a unit's region on the device, valid for what the current stream does from now on."""
+        if isinstance(self.memory, PinnedMemory):
+            return unit.region.to(self.device, non_blocking=True)
         if self._ring is None:
-            self._ring = StagingRing(self.device, max(map(slot_bytes, self.units)))
-        return self._ring.fetch(shard.unit, shard.unit.shards.index(shard))
+            self._ring = StagingRing(self.device, max(unit.region.numel() for unit in self.units))
+        return self._ring.fetch(unit)
+
+
+def padded_bytes(num_bytes: int) -> int:
+    """Return what a shard takes of a region, so that the next one is aligned."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def shard_bytes(weight: torch.Tensor, num_ranks: int) -> int:
+    """Return what a weight's padded shard takes of a region."""
+    num_rows = -(-weight.shape[0] // num_ranks)
+    return padded_bytes(num_rows * weight[:1].numel() * weight.itemsize)
 
 
 class HostTensor(torch.Tensor):
@@ -151,16 +180,13 @@ class HostTensor(torch.Tensor):
         """Return a padded shard, to be filled. FSDP pads a shard again when it first runs; it stands padded already."""
         shard = self.shard
         if shard is None or shard.shape != shape:
-            shard = HostShard(self.unit, shape, self.dtype)
-            self.unit.shards.append(shard)
-        return HostTensor(shard.on_host(), self.unit, shard)
+            shard = self.unit.add(shape, self.dtype)
+        return HostTensor(shard.cut(self.unit.region), self.unit, shard)
 
     def _fill(self, content: torch.Tensor) -> HostTensor:
         assert self.shard is not None, "only shards are written"
         if not (isinstance(content, HostTensor) and content.shard is self.shard):
-            content = content.data_ if isinstance(content, HostTensor) else content
-            content = content.detach().to(self.dtype).contiguous().view(-1).view(torch.uint8)
-            self.unit.store.memory.fill(self.shard.region, content)
+            self.shard.fill(content.data_ if isinstance(content, HostTensor) else content)
         return self
 
     def fsdp_pre_all_gather(
@@ -168,7 +194,7 @@ class HostTensor(torch.Tensor):
     ) -> tuple[tuple[torch.Tensor, ...], None]:
         """Return the padded shard on the accelerator."""
         assert self.shard is not None
-        shard = self.shard.on_device()
+        shard = self.unit.send(self.shard)
         return (shard.to(mp_policy.param_dtype or shard.dtype),), None
 
     def fsdp_post_all_gather(

@@ -48,7 +48,7 @@ from .anatomy import Unit, decoder_layers, keep_in_float32, plan_units
 from .compat.torch_gather_bytes import PATCH as GATHER_BYTES
 from .errors import ShardingError
 from .host_memory import HostMemory, KeptFile, MappedFile, PinnedMemory
-from .offload import HostStore, HostTensor
+from .offload import HostStore, HostTensor, shard_bytes
 from .packing import PackedLinear4bit, repack
 from .ranks import log_once
 from .units import format_bytes, format_dtype
@@ -242,16 +242,20 @@ def shard_unit(
 
 def offload_matrices(modules: Iterable[nn.Module], ignored: set[nn.Parameter], store: HostStore) -> None:
     """Make the frozen matrices of a unit go to host memory when they are sharded. Vectors, norms say, are too small."""
-    unit = store.add_unit()
-    moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays one
-    for module in modules:
-        for child in module.modules():
-            for name, parameter in child._parameters.items():
-                if parameter is None or parameter.requires_grad or parameter in ignored or parameter.ndim < 2:
-                    continue
-                if parameter not in moved:
-                    moved[parameter] = nn.Parameter(HostTensor(parameter.data, unit), requires_grad=False)
-                child._parameters[name] = moved[parameter]
+    places = [
+        (child, name, parameter)
+        for module in modules
+        for child in module.modules()
+        for name, parameter in child._parameters.items()
+        if parameter is not None and parameter.ndim > 1 and not parameter.requires_grad and parameter not in ignored
+    ]
+    whole = {parameter: parameter.data for _, _, parameter in places}  # a tied weight is one
+    unit = store.add_unit(sum(shard_bytes(weight, dist.get_world_size()) for weight in whole.values()))
+    offloaded = {
+        parameter: nn.Parameter(HostTensor(weight, unit), requires_grad=False) for parameter, weight in whole.items()
+    }
+    for child, name, parameter in places:
+        child._parameters[name] = offloaded[parameter]
 
 
 def _trained(modules: Iterable[nn.Module]) -> bool:
