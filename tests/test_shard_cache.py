@@ -47,6 +47,7 @@ def load_and_write(rank: int, folder: str, cache: Any, options: dict[str, Any] |
     """
     cache = cache[rank] if isinstance(cache, list) else cache
     loaded = load(rank, folder, {**(options or {}), "shard_cache_dir": cache})
+    loaded["wrote"] = bool(cache_writer._FINISHING)
     cache_writer.finish_writing()
     return loaded
 
@@ -223,6 +224,7 @@ def test_other_numbers_of_ranks_and_nodes(ranks, tmp_path):
 def test_nodes_that_share_a_disk(ranks, tmp_path):
     folder, root = make_checkpoint(tmp_path / "model"), tmp_path / "shards"
     first = ranks.run(load_on_nodes, folder, root)
+    assert [loaded["wrote"] for loaded in first] == [True, False]
     (cache,) = caches(root)
     assert sorted(path.name for path in cache.iterdir()) == ["manifest.json", "rank-0.safetensors"]
     assert_same(ranks.run(load_on_nodes, folder, root), first, from_cache=True)
@@ -479,6 +481,7 @@ def start_writers(root: Path, nonce: str, parts: list[dict[str, torch.Tensor]]) 
         with writer.writing(part, budget_bytes=100):
             for name, tensor in part.items():
                 writer.put({name: tensor})
+                assert not writer.queue  # on a CPU nothing waits: it would be memory of the device
         yield writer.thread
 
 
@@ -497,6 +500,14 @@ def test_writers_finish_once(tmp_path, tensors):
             "manifest.json", "rank-0.safetensors", "rank-1.safetensors",
         ]  # fmt: skip
         assert_equal(load_file(root / "final" / "rank-0.safetensors"), both[0])
+    # The other one is between creating the manifest and renaming the folder.
+    (tmp_path / ".writing-c").mkdir()
+    writer = CacheWriter(tmp_path / ".writing-c", tmp_path / "final", {}, 1, 0)
+    (writer.staging / "manifest.json").touch()
+    with writer.writing({}, budget_bytes=0):
+        pass
+    writer.thread.join()
+    assert (writer.staging / "manifest.json").exists()
     cache_writer._FINISHING.clear()
 
 
