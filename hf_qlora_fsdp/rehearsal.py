@@ -247,7 +247,7 @@ def take_part(args: argparse.Namespace, folder: Path | None = None) -> dict[str,
                 raise
             os._exit(1)  # the other rank's reason is told, and a traceback of this one would hide it
     if outcome is not None and folder is not None:
-        name = RESULT_FILE if outcome["fits"] else FAILURE_FILES.format(rank())
+        name = FAILURE_FILES.format(rank()) if "failure" in outcome else RESULT_FILE
         (folder / f"{name}.part").write_text(json.dumps(outcome))
         (folder / f"{name}.part").rename(folder / name)
     return outcome
@@ -268,6 +268,6 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     told = take_part(argparse.Namespace(**json.loads(sys.argv[1])), Path(sys.argv[2]))
-    if told is not None and not told["fits"]:
+    if told is not None and "failure" in told:
         sys.stdout.flush()
         os._exit(1)  # no farewell to ranks that wait in a collective

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, PrinterCallback, T
 
 from .config import QLoRAFSDPConfig
 from .matmul_share import count_multiplications, measure_matmul_rate
-from .memory_cap import MemoryCap
+from .memory_cap import FIRST_USE_BYTES, MemoryCap
 from .memory_trace import COLUMNS, MemoryTrace
 from .ranks import rank, world_size
 from .sharding import base_model
@@ -87,7 +87,7 @@ class Rehearsal:
         assert self.trace is not None
         self.trace.begin(phase)
         if self.cap is not None:
-            self.cap.settle()
+            self.cap.settle(0 if phase == "steady" else FIRST_USE_BYTES)
 
     def describe_failure(self, error: Exception) -> dict[str, Any] | None:
         """Return a failure as an outcome, if it is one that a rehearsal is there to find."""
@@ -125,8 +125,8 @@ class Rehearsal:
             liger_kernel_config=None if options.no_fuse_lora else {"swiglu": False},
             cpu_offload=options.cpu_offload,
             cpu_offload_pin_memory=not options.no_pin,
-            # CL
-            # CD
+            cpu_offload_layers=options.cpu_offload_layers,
+            cpu_offload_dir=options.cpu_offload_dir,
             model_init_kwargs=model_options,
             trust_remote_code=options.trust_remote_code,
             max_length=None,
@@ -221,6 +221,8 @@ class Stopwatch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._drain()
+        if state.global_step > 0 and self.rehearsal.cap is not None:
+            self.rehearsal.cap.settle()
         self.began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
