@@ -6,21 +6,32 @@ they come to life here, unit by unit, by PEFT's own initialisation. With the sam
 that `peft.get_peft_model` draws in one process, as long as all decoder layers are of one size: the loader takes the
 largest units first, and PEFT goes from the first layer to the last.
 
+**Experts.** Fused experts are adapted through PEFT's `target_parameters`, with layers of our own (`expert_lora.py`).
+`target_modules="all-linear"` means what it says, experts included, although there is no linear layer among them any
+more; the router, which was never quantised, stays frozen.
+
 Two rules: trainable weights are **float32 masters** (FSDP casts them for the computation; an Adam step in bfloat16
 loses half of all updates at a learning rate of 2e-5), and every rank starts from **rank 0's** values.
 """
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import ParamWrapper as StockParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from .expert_lora import ParamWrapper
+from .experts import Experts4bit
+from .ranks import log_once
 
 _INITIALISATIONS_WITHOUT_BASE = (True, False, "gaussian")
 
@@ -52,9 +63,9 @@ def check_peft_config(config: PeftConfig) -> None:
             "TRL multiplies by the head's own weight, so its adapter would never be trained. Use "
             "modules_to_save=['lm_head']",
         ),
-        "target_parameters": (
-            bool(config.target_parameters),
-            "they adapt fused experts, which cannot be loaded in 4 bits yet. Use target_modules",
+        f"target_parameters and lora_dropout={config.lora_dropout}": (
+            bool(config.target_parameters and config.lora_dropout),
+            "PEFT has no dropout for parameters, and would not load the adapter again. Use lora_dropout=0",
         ),
         "layer_replication": (
             bool(config.layer_replication),
@@ -73,8 +84,15 @@ def inject_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         model (`PreTrainedModel`): The model, its 4-bit layers in place.
         config (`LoraConfig`): What to train.
     """
+    packed_experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts4bit)}
+    wants_all = bool(packed_experts) and str(config.target_modules).lower() == "all-linear"
+    if packed_experts:
+        _target_experts(model, config, packed_experts)
     with torch.random.fork_rng(devices=[]):  # PEFT draws weights here that are on the meta device a moment later
         peft_model = get_peft_model(model, config)
+    _refuse_stock_wrappers(peft_model)
+    if wants_all:
+        _say_targets(peft_model)
     masters: dict[int, nn.Parameter] = {}
     for module in peft_model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -82,6 +100,66 @@ def inject_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
                 master = masters.setdefault(id(parameter), nn.Parameter(parameter.detach().float()))
                 module.register_parameter(name, master)
     return peft_model
+
+
+def _target_experts(model: PreTrainedModel, config: LoraConfig, packed_experts: dict[str, Experts4bit]) -> None:
+    """Have PEFT put our LoRA on experts, and let "all-linear" mean them too."""
+    config._register_custom_module({Experts4bit: ParamWrapper})
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return
+    if config.lora_dropout:
+        raise ValueError(
+            f"peft_config has target_modules='all-linear' and lora_dropout={config.lora_dropout}, and the experts of "
+            f"{type(model).__name__} are among the linear layers, for which PEFT has no dropout. Use lora_dropout=0, "
+            "or name the modules to adapt, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
+        )
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    targets = {
+        ".".join([*name.split(".")[-2:], projection])
+        for name, experts in packed_experts.items()
+        for projection in experts.layouts
+    }
+    config.target_modules, config.target_parameters = linear, sorted(targets)
+
+
+def _say_targets(model: PeftModel) -> None:
+    """Say what "all-linear" has come to mean.
+
+    PEFT takes the names of projections that are in experts as well for those of the experts alone, whatever the
+    config says (`_convert_peft_config_moe`), and leaves dense layers and shared experts beside them out.
+    """
+    adapted, left_out = set(), set()
+    head = model.get_base_model().get_output_embeddings()
+    inside: tuple[str, ...] = ()
+    for name, module in model.get_base_model().named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, LoraLayer):
+            inside += (f"{name}.",)
+            adapted.add(re.sub(r"^.*\.\d+\.", "", name))
+        elif isinstance(module, nn.Linear) and module is not head:
+            left_out.add(re.sub(r"^.*\.\d+\.", "", name))
+    log_once(
+        "target_modules='all-linear': LoRA on %s, each expert's included. Routers stay as they are%s.",
+        ", ".join(sorted(adapted)),
+        f", and so do {', '.join(sorted(left_out))}, which PEFT cannot tell from experts" if left_out else "",
+    )
+
+
+def _refuse_stock_wrappers(model: PeftModel) -> None:
+    """Refuse parameters that PEFT would replace by their sum with the adapter: FSDP does not shard what it makes."""
+    for name, module in model.named_modules():
+        if isinstance(module, StockParamWrapper) and not isinstance(module, ParamWrapper):
+            raise ValueError(
+                f"peft_config adapts {module.parameter_name!r} of {name!r} through target_parameters, which is done "
+                "for experts in 4 bits only. Use target_modules for linear layers, and modules_to_save for a router, "
+                "which is then trained whole."
+            )
 
 
 def initialize_adapter(module: nn.Module, config: LoraConfig, device: torch.device) -> None:

@@ -24,8 +24,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .units import format_bytes
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -115,22 +113,6 @@ def is_tied(model: PreTrainedModel) -> bool:
     """Return whether the LM head shares a weight with the embedding, be it one that PEFT keeps beside a copy."""
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     return len(ends) == 2 and bool(set(ends[0].parameters()) & set(ends[1].parameters()))
-
-
-def refuse_fused_experts(model: PreTrainedModel) -> None:
-    """Refuse models whose experts are fused into 3-D parameters, which no 4-bit layer replaces.
-
-    Raises:
-        ValueError: The model has such experts. Says how much memory they would take in 16 bits.
-    """
-    fused = {name: weight for name, weight in model.named_parameters() if weight.ndim >= 3 and "expert" in name}
-    if fused:
-        num_bytes = sum(2 * weight.numel() for weight in fused.values())
-        raise ValueError(
-            f"{type(model).__name__} keeps its experts in {len(fused)} fused parameters (such as {next(iter(fused))}). "
-            f"They cannot be quantised yet and would take {format_bytes(num_bytes)} in 16 bits. Use a dense model; "
-            "4-bit experts are planned."
-        )
 
 
 def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .anatomy import build_meta_model, refuse_fused_experts
+from .anatomy import build_meta_model
+from .experts import Experts4bit, fused_experts
 from .packing import repack
 from .ranks import log_once
 from .sharding import check_storage_dtype, float32_parameters
@@ -60,10 +62,10 @@ def build_quantized_meta_model(
     stored = getattr(config, "quantization_config", None)
     quantization = settle_quantization(stored, quantization_config, param_dtype)
     model: Any = build_meta_model(config, param_dtype, trust_remote_code=trust_remote_code, **build_options)
-    refuse_fused_experts(model)
     model.config.name_or_path = model_id_or_path
     model.config.quantization_config = quantization
     quantizer = pack_linear_layers(model, quantization, stored is not None, param_dtype, param_dtype)
+    pack_expert_layers(model, quantization, quantizer.modules_to_not_convert, param_dtype, param_dtype)
     for parameter in float32_parameters(model, param_dtype):
         parameter.data = parameter.data.float()
     model.requires_grad_(False)
@@ -96,6 +98,36 @@ def pack_linear_layers(
         if hasattr(module, "source_cls"):
             model.set_submodule(name, repack(module, compute_dtype=compute_dtype, storage_dtype=storage_dtype))
     return quantizer
+
+
+def pack_expert_layers(
+    model: PreTrainedModel,
+    quantization: BitsAndBytesConfig,
+    skipped: list[str],
+    compute_dtype: torch.dtype,
+    storage_dtype: torch.dtype,
+) -> None:
+    """Put packed experts, in place, where a model has fused ones, which upstream leaves in 16 bits.
+
+    Args:
+        model (`PreTrainedModel`): The model, on the meta device.
+        quantization (`BitsAndBytesConfig`): How its weights are or will be quantised.
+        skipped (`list[str]`): Modules that are left alone, by name.
+        compute_dtype (`torch.dtype`): Dtype of the matrix products.
+        storage_dtype (`torch.dtype`): Dtype that packed buffers are viewed in.
+    Raises:
+        ValueError: There are experts that cannot be held in 4 bits.
+    """
+    for name, module in list(fused_experts(model)):
+        if should_convert_module(name, skipped):
+            experts = Experts4bit(
+                module,
+                quant_type=quantization.bnb_4bit_quant_type,
+                double_quant=quantization.bnb_4bit_use_double_quant,
+                compute_dtype=compute_dtype,
+                storage_dtype=storage_dtype,
+            )
+            model.set_submodule(name, experts)
 
 
 def settle_quantization(stored: Any, given: BitsAndBytesConfig | None, param_dtype: torch.dtype) -> BitsAndBytesConfig:

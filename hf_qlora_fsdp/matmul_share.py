@@ -13,6 +13,7 @@ and is multiplied with each of them twice (scores, values), 2 w operations each,
 
     forward   2 (s + 1) w a layer;   backward twice that;   forward again with gradient checkpointing
 
+Of the experts of a layer, and of the LoRA on them, a token passes the k that its router chooses: k / E of the weights.
 An embedding is a lookup and counts nothing. Windows that are shorter than the sequence are not taken off. What is
 computed again is counted, since the card computes it: this is utilisation of the hardware, not of the model.
 
@@ -30,6 +31,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .expert_lora import ExpertsA
+from .experts import Experts4bit
 from .packing import PackedLinear4bit
 
 _SIZES = {"cuda": 8192, "cpu": 512}
@@ -68,17 +71,22 @@ def count_multiplications(base: Any) -> Multiplications:
     Args:
         base (`PreTrainedModel`): The transformers model, with LoRA in it or without, sharded or not.
     """
-    head = base.get_output_embeddings()
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    top_k = getattr(config, "num_experts_per_tok", 1)
     frozen = trained = 0
     for module in base.modules():
         if isinstance(module, PackedLinear4bit):
             frozen += module.layout.numel
+        elif isinstance(module, Experts4bit):
+            numel = sum(layout.num_pieces * layout.piece.numel for layout in module.layouts.values())
+            frozen += numel * top_k // module.num_experts
+        elif isinstance(module, ExpertsA):
+            trained += module.weight.numel() * top_k // module.num_experts
         elif isinstance(module, nn.Linear) and module is not head:
             if module.weight.requires_grad:
                 trained += module.weight.numel()
             else:
                 frozen += module.weight.numel()
-    config = base.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Multiplications(
         frozen=frozen,

@@ -19,7 +19,8 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from .recipes import logical_shape
+from .experts import Experts4bit
+from .recipes import logical_shape, stacked_experts
 from .sources import Piece, Slots, Source, finish
 
 _DEFAULT_STD = 0.02
@@ -44,8 +45,10 @@ def draw_weights(model: PreTrainedModel, param_dtype: torch.dtype, seed: int = 0
             continue
         shape = logical_shape(model, name)
         num_bytes = math.prod(shape) * param_dtype.itemsize
-        # As for a checkpoint in `param_dtype`: the weight as it is stored, and once more while it is quantised.
-        pieces.append(Piece((name,), num_bytes, 2 * num_bytes, partial(_draw, shape, std, param_dtype, seed)))
+        # As for a checkpoint in `param_dtype`: the weight as it is stored, and once more while it is quantised. Experts
+        # come one at a time.
+        at_a_time = num_bytes // shape[0] if stacked_experts(model, name) else num_bytes
+        pieces.append(Piece((name,), num_bytes, 2 * at_a_time, partial(_draw, shape, std, param_dtype, seed)))
     return Source(pieces, lambda: 0)
 
 
@@ -54,10 +57,18 @@ def _draw(
 ) -> dict[str, torch.Tensor]:
     """Make one parameter."""
     ((name, slot),) = slots.items()
-    drawn = torch.empty(shape, dtype=dtype, device=device)
-    if len(shape) > 1:
-        own_seed = hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]
-        drawn.normal_(0, std, generator=torch.Generator(device).manual_seed(int.from_bytes(own_seed, "little") >> 1))
+    if isinstance(slot.module, Experts4bit) and slot.leaf in slot.module.layouts:  # one expert at a time
+        matrices = (_normal(shape[1:], std, dtype, f"{seed} {name} {expert}", device) for expert in range(shape[0]))
+        return {name: slot.module.quantize(slot.leaf, matrices, slot.tensor.dtype, device)}
+    if len(shape) > 1 and not slot.leaf.endswith("bias"):
+        drawn = _normal(shape, std, dtype, f"{seed} {name}", device)
     else:
-        drawn.fill_(0 if slot.leaf == "bias" else 1)
+        drawn = torch.full(shape, 0 if slot.leaf.endswith("bias") else 1, dtype=dtype, device=device)
     return {name: finish(drawn, slot, device)}
+
+
+def _normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, what: str, device: torch.device) -> torch.Tensor:
+    own_seed = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "little") >> 1
+    return torch.empty(shape, dtype=dtype, device=device).normal_(
+        0, std, generator=torch.Generator(device).manual_seed(own_seed)
+    )

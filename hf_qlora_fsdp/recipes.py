@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from .experts import Experts4bit
 from .packing import PackedLinear4bit
 from .weights import Weights
 
@@ -44,6 +45,7 @@ class Recipe:
         sources (`dict[str, list[str]]`): Stored tensors to read, by the pattern that claimed them.
         converter (`WeightConverter`, *optional*): What to do with them. `None` where one becomes one.
         quant_state (`dict[str, str]`): Stored scales of an already quantised weight, by their role.
+        quant_states (`dict[str, dict[str, str]]`): The same for each of several weights, where experts are stacked.
         duplicate (`str`, *optional*): A second stored copy, of a weight that the config ties to this one.
         shapes (`_Shapes`, *optional*): What a converter may ask about the model.
     """
@@ -52,12 +54,14 @@ class Recipe:
     sources: dict[str, list[str]]
     converter: WeightConverter | None = None
     quant_state: dict[str, str] = field(default_factory=dict)
+    quant_states: dict[str, dict[str, str]] = field(default_factory=dict)
     duplicate: str | None = None
     shapes: _Shapes | None = None
 
     @property
     def stored_names(self) -> list[str]:
         names = [name for names in self.sources.values() for name in names] + list(self.quant_state.values())
+        names += [name for state in self.quant_states.values() for name in state.values()]
         return [*names, self.duplicate] if self.duplicate else names
 
     def num_bytes(self, weights: Weights) -> int:
@@ -104,10 +108,14 @@ def plan_recipes(model: PreTrainedModel, weights: Weights, key_mapping: dict[str
     shapes = _Shapes(model, expected)
     for recipe in recipes:
         (first, *_) = recipe.stored_names
-        recipe.quant_state, recipe.shapes = quant_states.get(first, {}), shapes
+        recipe.shapes = shapes
+        if stacked_experts(model, recipe.targets[0]):
+            recipe.quant_states = {name: quant_states[name] for name in recipe.stored_names if name in quant_states}
+        else:
+            recipe.quant_state = quant_states.get(first, {})
         if recipe.quant_state:
             _check_quantized(recipe, model, weights)
-        else:
+        elif not recipe.quant_states:
             _check_shapes(recipe, weights)
     _check_complete(model, recipes, unexpected, set(expected))
     return recipes
@@ -120,7 +128,15 @@ def logical_shape(model: nn.Module, name: str) -> tuple[int, ...]:
     if isinstance(module, PackedLinear4bit) and leaf == "weight":
         rows, columns = module.layout.shape
         return (columns, rows) if module.source_cls is Conv1D else (rows, columns)
-    return tuple(getattr(module, leaf).shape)
+    experts = stacked_experts(model, name)
+    return experts.shapes[leaf] if experts else tuple(getattr(module, leaf).shape)
+
+
+def stacked_experts(model: nn.Module, name: str) -> Experts4bit | None:
+    """Return the experts whose matrices are stacked in a parameter, `None` for any other parameter."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return module if isinstance(module, Experts4bit) and leaf in module.layouts else None
 
 
 def _separate_quant_states(weights: Weights) -> tuple[list[str], dict[str, dict[str, str]]]:

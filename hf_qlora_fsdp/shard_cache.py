@@ -53,6 +53,7 @@ from transformers import PreTrainedModel
 
 from .cache_reader import ShardCache
 from .cache_writer import CacheWriter, clear_leftovers, discard
+from .experts import Experts4bit
 from .ranks import local_world_size, log_once, rank
 from .sources import Piece, Slot, Slots, Source
 from .units import format_bytes, format_dtype
@@ -187,7 +188,10 @@ def _describe_source(source: Source, slots: Slots, model: PreTrainedModel, devic
 
 def _describe_slot(slot: Slot) -> tuple[Any, ...]:
     kind = (str(getattr(slot.module, name, None)) for name in ("layout", "compute_dtype", "source_cls"))
-    return (list(slot.tensor.shape), str(slot.tensor.dtype), *(kind if slot.is_packed else ()))
+    described = (list(slot.tensor.shape), str(slot.tensor.dtype), *(kind if slot.is_packed else ()))
+    if isinstance(slot.module, Experts4bit) and slot.leaf in slot.module.layouts:
+        return (*described, str(slot.module.layouts[slot.leaf]), str(slot.module.compute_dtype))
+    return described
 
 
 def _describe_run(model: PreTrainedModel, revision: str | None) -> dict[str, Any]:

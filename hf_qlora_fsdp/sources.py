@@ -24,8 +24,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .expert_recipes import bytes_at_a_time, check_stack, make_stack, reading_order, transient_bytes
+from .experts import Experts4bit
 from .packing import PackedLinear4bit, pack, quantize
-from .recipes import Recipe, plan_recipes
+from .recipes import Recipe, plan_recipes, stacked_experts
 from .weights import Weights
 
 
@@ -104,22 +106,25 @@ def plan_checkpoint(
         ValueError: A tensor is missing, unexpected, or has a shape that the config does not describe.
     """
     recipes = plan_recipes(model, weights, key_mapping)
-    pieces = [
-        Piece(
-            tuple(recipe.targets),
-            recipe.num_bytes(weights),
-            recipe.transient_bytes(weights, param_dtype),
-            partial(_make, recipe, weights),
-            tuple(recipe.stored_names),
-        )
-        for recipe in recipes
-    ]
-    budget = max(piece.num_bytes for piece in pieces)
+    as_stored = any(recipe.quant_state or recipe.quant_states for recipe in recipes)
+    pieces, budget = [], 0
+    for recipe in recipes:
+        experts, leaf = stacked_experts(model, recipe.targets[0]), recipe.targets[0].rpartition(".")[2]
+        num_bytes, make = recipe.num_bytes(weights), partial(_make, recipe, weights)
+        if experts is not None:
+            check_stack(recipe, weights, experts, leaf)
+            transient = transient_bytes(recipe, weights, experts, leaf)
+            reads = reading_order(recipe, experts.num_experts)
+            budget = max(budget, bytes_at_a_time(recipe, weights, experts.num_experts))
+        else:
+            transient, reads = recipe.transient_bytes(weights, param_dtype), tuple(recipe.stored_names)
+            budget = max(budget, num_bytes)
+        pieces.append(Piece(tuple(recipe.targets), num_bytes, transient, make, reads))
     return Source(
         pieces,
         lambda: weights.bytes_read,
         lambda mine: weights.reading_ahead([name for piece in mine for name in piece.reads], budget),
-        None if any(recipe.quant_state for recipe in recipes) else partial(_identify, recipes, weights, model),
+        None if as_stored else partial(_identify, recipes, weights, model),
         weights.revision,
     )
 
@@ -143,6 +148,9 @@ def _make(recipe: Recipe, weights: Weights, slots: Slots, device: torch.device) 
 def _quantize_stored(recipe: Recipe, weights: Weights, slots: Slots, device: torch.device) -> dict[str, torch.Tensor]:
     """Read one recipe's tensors and bring them into their final form on the device."""
     made = {}
+    for target, (empty, module, leaf) in slots.items():
+        if isinstance(module, Experts4bit) and leaf in module.layouts:
+            return {target: make_stack(recipe, weights, module, leaf, empty.dtype, device)}
     for target, (tensor, scales) in recipe.realize(weights.read).items():
         slot = slots[target]
         if scales and slot.is_packed:

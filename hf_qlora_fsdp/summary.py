@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .anatomy import Unit
+from .experts import Experts4bit
 from .packing import PackedLinear4bit
 from .units import format_bytes, format_count, format_dtype, format_table
 
@@ -21,10 +22,16 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     A 4-bit weight counts as many parameters as it had in 16 bits.
     """
     counts = {"4bit": 0, "16bit": 0, "trained": 0}
-    packed = {id(module.weight): module for module in model.modules() if isinstance(module, PackedLinear4bit)}
+    packed = {
+        id(module.weight): module.layout.numel for module in model.modules() if isinstance(module, PackedLinear4bit)
+    }
+    for module in model.modules():
+        if isinstance(module, Experts4bit):
+            for name, layout in module.layouts.items():
+                packed[id(getattr(module, name))] = layout.num_pieces * layout.piece.numel
     for parameter in model.parameters():
         if id(parameter) in packed:
-            counts["4bit"] += packed[id(parameter)].layout.numel
+            counts["4bit"] += packed[id(parameter)]
         else:
             counts["trained" if parameter.requires_grad else "16bit"] += parameter.numel()
     return counts

@@ -98,6 +98,15 @@ class Weights:
         self.bytes_read += stored.num_bytes
         return tensor
 
+    def read_row(self, name: str, index: int) -> torch.Tensor:
+        """Read what a tensor has at one index of its first dimension."""
+        stored = self.tensors[name]
+        with safe_open(stored.file, framework="pt") as handle:
+            # What a slice is cut from is the mapping of the whole file, so it is copied out.
+            row = handle.get_slice(name)[index : index + 1][0].clone()
+        self.bytes_read += stored.num_bytes // stored.shape[0]
+        return row
+
     @contextlib.contextmanager
     def reading_ahead(self, names: Iterable[str], budget_bytes: int, check: BlockCheck | None = None) -> Iterator[None]:
         """Read tensors in the background, in the order in which `read` will be asked for them.

@@ -13,9 +13,8 @@ from hf_qlora_fsdp.anatomy import (
     is_tied,
     keep_in_float32,
     plan_units,
-    refuse_fused_experts,
 )
-from tests.tiny import FAMILIES, make_model
+from tests.tiny import make_model
 
 SIZES = {
     "hidden_size": 64,
@@ -111,17 +110,6 @@ def test_layers_are_found_again_after_sharding_has_renamed_their_class():
     for layer in model.model.layers:
         layer.__class__ = type("FSDPLlamaDecoderLayer", (FSDPModule, type(layer)), {})
     assert list(decoder_layers(model)) == ["model.layers.0", "model.layers.1"]
-
-
-def test_fused_experts_are_refused_with_their_size():
-    sizes = {**LLAMA_LIKE, **FAMILIES["mixtral"], "num_local_experts": 4}
-    model = build_meta_model(AutoConfig.for_model("mixtral", **sizes), torch.bfloat16)
-    # 2 layers, each 4 experts with gate and up [2 * 128, 64] and down [64, 128], 2 bytes a value: 384 KiB.
-    num_bytes = 2 * 4 * (2 * 128 * 64 + 64 * 128) * 2
-    assert num_bytes == 384 * 2**10
-    with pytest.raises(ValueError, match=r"MixtralForCausalLM.*4 fused parameters.*384.* KiB in 16 bits.*dense model"):
-        refuse_fused_experts(model)
-    refuse_fused_experts(build("llama"))
 
 
 def test_what_stays_in_float32_is_asked_of_the_model():

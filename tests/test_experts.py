@@ -41,7 +41,9 @@ CASES = [
 ]
 
 
-def make_moe(model_type: str, top_k: int = 2, implementation: str = "eager", dtype: Any = torch.float32) -> Any:
+def make_moe(
+    model_type: str, top_k: int = 2, implementation: str = "eager", dtype: Any = torch.float32, **more: Any
+) -> Any:
     """A tiny frozen model of experts, all its parameters drawn."""
     config = AutoConfig.for_model(
         model_type,
@@ -58,6 +60,7 @@ def make_moe(model_type: str, top_k: int = 2, implementation: str = "eager", dty
         num_experts=NUM_EXPERTS,
         num_experts_per_tok=top_k,
         pad_token_id=0,
+        **more,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=implementation)
     draw_parameters(model, seed=0)

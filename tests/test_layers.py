@@ -23,6 +23,7 @@ LAYERS = [
     {"expert_lora", "expert_stacks"},
     {"experts"},
     {"adapter_edits", "adapters", "cache_writer", "config", "merge_folder", "planner", "recipes", "staging", "summary"},
+    {"expert_recipes"},
     {"offload"},
     {"fusion", "sharding"},
     {"blueprint", "sources"},
