@@ -83,6 +83,8 @@ def inject_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     Args:
         model (`PreTrainedModel`): The model, its 4-bit layers in place.
         config (`LoraConfig`): What to train.
+    Raises:
+        ValueError: Copies of tied weights would have to stay tied.
     """
     packed_experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts4bit)}
     wants_all = bool(packed_experts) and str(config.target_modules).lower() == "all-linear"
@@ -93,6 +95,14 @@ def inject_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     _refuse_stock_wrappers(peft_model)
     if wants_all:
         _say_targets(peft_model)
+    tied = sorted({name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair})
+    for name in tied if config.ensure_weight_tying else ():
+        if isinstance(model.get_submodule(name), ModulesToSaveWrapper | LoraLayer):
+            raise ValueError(
+                f"peft_config has ensure_weight_tying=True and trains {name!r}, one of the tied modules {tied}, but "
+                "what is trained of each comes to life where it is read, and would not stay tied. Leave "
+                "ensure_weight_tying out, which unties them, or use trainable_token_indices, whose rows stay tied."
+            )
     masters: dict[int, nn.Parameter] = {}
     for module in peft_model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments, set_seed
@@ -100,6 +101,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         given["processing_class"] = given.get("processing_class") or load_processing_class(model, args)
         given["model"] = self._resolve_model(model, args, quantization, peft_config)
         check_exportable(given["model"])
+        _complete_heads(given["model"])
         with _hidden_from_trl(given["model"], args):
             super().__init__(**given)
         check_sharded(self.model, self.sharding_policy)
@@ -186,6 +188,16 @@ def _hidden_from_trl(model: nn.Module, args: QLoRAFSDPConfig) -> Iterator[None]:
         yield
     finally:
         base.is_loaded_in_4bit, args.model_init_kwargs = True, options
+
+
+def _complete_heads(model: nn.Module) -> None:
+    """Let TRL, which multiplies by the head itself, read the `bias` of a head whose rows are trained.
+
+    PEFT's wrapper, which a tied head gets as well, passes on the weight alone (peft 0.21, trl 1.16).
+    """
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper) and not hasattr(module, "bias"):
+            module.register_parameter("bias", getattr(module.original_module, "bias", None))
 
 
 def _save_pretrained(model: PeftModel, save_directory: str, **options: Any) -> None:
