@@ -183,13 +183,17 @@ def _check_tensors(adapter: Adapter, report: Report) -> None:
 
 def _check_ranks(adapter: Adapter) -> list[str]:
     wrong = []
+    targets = getattr(adapter.config, "target_parameters", None) or ()
+    experts = tuple(target.rpartition(".")[0] for target in targets)  # their factors lie side by side: r of each expert
     for name, stored in adapter.weights.tensors.items():
         match = re.match(
             r"^base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_embedding_A|lora_B\.weight)$", name
         )
         if match and len(stored.shape) == 2:
             r, _ = adapter.scaling(match["module"])
-            if stored.shape[1 if match["part"].startswith("lora_B") else 0] != r:
+            found = stored.shape[1 if match["part"].startswith("lora_B") else 0]
+            of_experts = bool(experts) and match["module"].removesuffix(".base_layer").endswith(experts)
+            if found % r if of_experts else found != r:
                 wrong.append(f"{name} {list(stored.shape)}, r={r}")
     if not wrong:
         return []

@@ -47,6 +47,7 @@ from . import compat
 from .anatomy import Unit, decoder_layers, keep_in_float32, plan_units
 from .compat.torch_gather_bytes import PATCH as GATHER_BYTES
 from .errors import ShardingError
+from .experts import fused_experts
 from .host_memory import HostMemory, KeptFile, MappedFile, PinnedMemory
 from .offload import HostStore, HostTensor, shard_bytes
 from .packing import PackedLinear4bit, repack
@@ -402,6 +403,14 @@ def _check_quantized(base: nn.Module) -> None:
             f"The {type(base).__name__} passed as model is {kind}, and only 4-bit weights are trained here. Pass "
             "its name or folder as model, which is quantised while it is read, or load it with "
             "quantization_config=BitsAndBytesConfig(load_in_4bit=True)."
+        )
+    unquantized = list(fused_experts(base))
+    if unquantized:
+        num_bytes = sum(weight.nbytes for _, module in unquantized for weight in module.parameters(recurse=False))
+        raise ValueError(
+            f"The {type(base).__name__} passed as model holds its experts ({unquantized[0][0]!r} and so on) in 16 "
+            f"bits, {format_bytes(num_bytes)} of them: bitsandbytes leaves fused experts alone. Pass its name or folder as "
+            "model, and they are quantised while they are read."
         )
 
 

@@ -360,3 +360,13 @@ def test_on_a_gpu(implementation: str) -> None:
     for name, value in expected.items():
         allowed = SLACK * (reference[name] - value).norm() + torch.finfo(torch.bfloat16).eps * value.norm()
         assert (found[name] - value).norm() <= allowed, name
+
+
+def test_a_model_in_memory_that_keeps_its_experts_in_16_bits_is_refused():
+    from hf_qlora_fsdp.sharding import _check_quantized
+    from tests.test_packing import make_linear
+
+    model = nn.ModuleDict({"q_proj": make_linear((64, 64)), "experts": nn.Module()})
+    model["experts"].gate_up_proj = nn.Parameter(torch.zeros(4, 8, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"'experts' and so on\) in 16 bits, 512 B of them.*Pass its name or folder"):
+        _check_quantized(model)
