@@ -23,8 +23,8 @@ from typing import Any
 
 import bitsandbytes.functional as bnb_functional
 import torch
-import triton  # type: ignore
-import triton.language as tl  # type: ignore
+import triton
+import triton.language as tl
 
 WEIGHTS_PER_PROGRAM = 2048
 """Eight bytes of codes a thread, so that enough loads are under way to hide the latency of memory."""
