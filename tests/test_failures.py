@@ -44,9 +44,9 @@ print("nobody must come here", flush=True)
 """
 
 IN_LOADING = """
-from hf_qlora_fsdp import loader
+from hf_qlora_fsdp import sources
 
-quantize, calls = loader.quantize, []
+quantize, calls = sources.quantize, []
 
 def failing(*args, **kwargs):
     calls.append(1)
@@ -54,7 +54,7 @@ def failing(*args, **kwargs):
         raise MemoryError("rank 1 has no memory left")
     return quantize(*args, **kwargs)
 
-loader.quantize = failing
+sources.quantize = failing
 QLoRAFSDPTrainer(folder, args, train_dataset=training.equal_rows(12)).train()
 print("nobody must come here", flush=True)
 """
