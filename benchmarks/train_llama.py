@@ -63,6 +63,7 @@ def main() -> None:
         cpu_offload_layers=options.cpu_offload_layers,
         cpu_offload_dir=options.cpu_offload_dir,
         fuse_lora=not options.no_fuse,
+        shard_cache=False,  # or the second run would not read the checkpoint
         use_liger_kernel=options.liger,
         liger_kernel_config={"swiglu": False} if options.liger else None,
     )

@@ -409,8 +409,8 @@ def _check_quantized(base: nn.Module) -> None:
         num_bytes = sum(weight.nbytes for _, module in unquantized for weight in module.parameters(recurse=False))
         raise ValueError(
             f"The {type(base).__name__} passed as model holds its experts ({unquantized[0][0]!r} and so on) in 16 "
-            f"bits, {format_bytes(num_bytes)} of them: bitsandbytes leaves fused experts alone. Pass its name or folder as "
-            "model, and they are quantised while they are read."
+            f"bits, {format_bytes(num_bytes)} of them: bitsandbytes leaves fused experts alone. Pass its name or "
+            "folder as model, and they are quantised while they are read."
         )
 
 
