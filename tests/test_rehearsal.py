@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from hf_qlora_fsdp import cli, rehearsal
 from hf_qlora_fsdp.rehearsal_report import describe
 from hf_qlora_fsdp.shortage import Shapes, advise, describe_shortage, is_out_of_memory
-from tests.distributed import RankPool
+from tests.distributed import RankPool, run_ranks
 from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +137,10 @@ def test_multiplications_against_a_count_by_hand(tmp_path: Path) -> None:
 
 
 def test_kinds_of_host_memory_and_their_peaks(tmp_path: Path) -> None:
+    run_ranks(trace_kinds, 1, tmp_path)  # in a process where nobody else takes or gives back memory
+
+
+def trace_kinds(rank: int, tmp_path: Path) -> None:
     from hf_qlora_fsdp.memory_trace import COLUMNS, MemoryTrace
 
     size = 64 * MIB
@@ -145,7 +149,7 @@ def test_kinds_of_host_memory_and_their_peaks(tmp_path: Path) -> None:
     trace = MemoryTrace(torch.device("cpu"), interval_seconds=0.002, heartbeat=tmp_path / "heartbeat")
     taken = {
         "nothing": lambda: None,
-        "anonymous": lambda: torch.ones(size, dtype=torch.uint8),
+        "anonymous": lambda: touch(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)),
         "shared": lambda: touch(mmap.mmap(-1, size)),
         "file": lambda: touch(mmap.mmap(os.open(file, os.O_RDWR), size)),
     }
