@@ -27,6 +27,7 @@ class Need:
         offloaded_bytes (`int`): Its part of those that go to the host.
         staging_bytes (`int`): Pinned memory through which these are copied.
         mapped (`bool`): Whether they go to a file on the host's disk.
+        kept (`bool`): Whether that file is there already, from an earlier run.
         unit_bytes (`int`): U, the largest unit, whole.
         tensor_bytes (`int`): T, the largest tensor of the checkpoint.
         world_size (`int`): Ranks that share the weights.
@@ -41,12 +42,13 @@ class Need:
     offloaded_bytes: int = 0
     staging_bytes: int = 0
     mapped: bool = False
+    kept: bool = False
 
     def peak(self, device_type: str) -> dict[str, int]:
         """Return the peak by place: `"cuda"` for one card, `"host"` and `"disk"` for all ranks of a host together."""
         on_device = self.resident_bytes + 2 * self.unit_bytes + self.tensor_bytes
         on_host = self.staging_bytes + (0 if self.mapped else self.offloaded_bytes)
-        peak = {"disk": self.ranks_per_host * self.offloaded_bytes} if self.mapped else {}
+        peak = {"disk": self.ranks_per_host * self.offloaded_bytes} if self.mapped and not self.kept else {}
         if device_type == "cpu":
             return peak | {"host": self.ranks_per_host * (on_device + on_host)}
         return peak | {"cuda": on_device, "host": self.ranks_per_host * (self.tensor_bytes + on_host)}

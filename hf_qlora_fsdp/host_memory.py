@@ -34,6 +34,11 @@ _FORMAT = 1
 class HostMemory:
     """Ordinary memory."""
 
+    @property
+    def is_reused(self) -> bool:
+        """Whether an earlier run has left in it what this one would write."""
+        return False
+
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Return a new region, all zeros, as a tensor `[num_bytes]` of bytes."""
         return _map_memory(num_bytes)[1]
@@ -149,6 +154,10 @@ class KeptFile(MappedFile):
         """What the manifest says these were, if the file is used again."""
         self._region_starts = (0, 0)
         super().__init__(folder)
+
+    @property
+    def is_reused(self) -> bool:
+        return self.saved is not None
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         start = self.size

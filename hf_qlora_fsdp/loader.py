@@ -252,6 +252,7 @@ class _Loading:
             offloaded_bytes=sum(offloaded) // world_size,
             staging_bytes=0 if pinned else NUM_SLOTS * max(offloaded, default=0) // world_size,
             mapped=self.policy.cpu_offload_dir is not None,
+            kept=self.store is not None and self.store.memory.is_reused,
             unit_bytes=max(sizes.values()),
             tensor_bytes=self.report.largest_tensor_bytes,
             world_size=world_size,

@@ -31,6 +31,7 @@ def test_peak_is_the_formula_of_the_loader():
     assert need().peak("cuda") == {"cuda": 18 * GIB + transient, "host": 2 * (GIB // 2)}
     assert need(**OFFLOADED).peak("cuda") == {"cuda": transient, "host": 2 * (18 * GIB + GIB // 2)}
     assert need(**MAPPED).peak("cuda") == {"disk": 36 * GIB, "cuda": transient, "host": 2 * (GIB + GIB // 2)}
+    assert "disk" not in need(**MAPPED, kept=True).peak("cuda")  # it is there already
     assert need().peak("cpu") == {"host": 2 * (18 * GIB + transient)}
     assert need(**OFFLOADED).peak("cpu") == {"host": 2 * (18 * GIB + transient)}
 

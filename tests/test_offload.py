@@ -171,6 +171,7 @@ def test_kept_file_is_written_once(tmp_path):
     contents = drawn(1, 5000, 77_777)
     written = keep(tmp_path, *contents).stat().st_mtime_ns
     again = KeptFile(tmp_path)
+    assert again.is_reused and not MappedFile(tmp_path).is_reused
     for region, content in zip(fill(again, *contents), contents, strict=True):
         assert torch.equal(region, content)
     assert again.path.stat().st_mtime_ns == written
