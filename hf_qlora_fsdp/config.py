@@ -411,10 +411,11 @@ class QLoRAFSDPConfig(SFTConfig):
             self.ddp_backend = _CUDA_AND_CPU
         ranks.join_process_group(device_type, self.ddp_timeout)
         if self.cpu_offload_trainable and "cpu:" not in get_backend_config():
-            ranks.log_once(
-                f"The process group ({get_backend_config()}) was made without a CPU backend, by other arguments or by "
-                "the script. cpu_offload_trainable needs one: make QLoRAFSDPConfig first, or write "
-                f'torch.distributed.init_process_group("{_CUDA_AND_CPU}").'
+            raise refusal(
+                f"cpu_offload_trainable=True in a process group of {get_backend_config()}",
+                "gradients are clipped on the CPU then, and the group was made without a CPU backend",
+                "Make QLoRAFSDPConfig before any other training arguments, or write "
+                f'torch.distributed.init_process_group("{_CUDA_AND_CPU}") at the start of the script.',
             )
 
     def _plugin_args(self) -> dict[str, Any]:

@@ -496,9 +496,9 @@ def test_training_on_the_host_needs_a_group_that_serves_it(make, monkeypatch, li
     assert lines() == []
     make(cpu_offload=True)  # nothing is reduced on the CPU
     assert lines() == []
-    make(cpu_offload_trainable=True)
-    (line,) = lines()
-    assert "cuda:nccl" in line and "cpu_offload_trainable" in line and "init_process_group" in line
+    with pytest.raises(ValueError) as error:
+        make(cpu_offload_trainable=True)
+    assert_refused(error, "cuda:nccl", "cpu_offload_trainable=True", "init_process_group")
 
 
 def test_the_number_of_threads_is_left_alone(make, monkeypatch):
