@@ -244,7 +244,7 @@ def test_the_answers_of_the_merged_model_are_those_of_base_and_adapter(tmp_path:
     found = json.loads(report.read_text())
     assert found["accuracy_merged"] == 0, "a random model answers at random"
     assert [wrong["answer"] for wrong in found["wrong_merged"]] == expected
-    assert len(set(expected)) == 2 and all(len(text) > 5 for text in expected)
+    assert len(set(expected)) == 2 and all(len(text) > 20 for text in expected)
 
 
 @pytest.mark.parametrize(

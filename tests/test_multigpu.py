@@ -182,11 +182,13 @@ def test_trajectory_follows_plain_trl(trajectories: dict[str, training.Run]) -> 
     assert (ours - truth).square().mean() < 16 * (plain - truth).square().mean()
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name != "resident"])
+# With the optimizer on the CPU, and the adapter unfused in a unit of its own, roundings differ: see below.
+SAME_BITS = [name for name in SPECS if name not in ("resident", "trained, too")]
+
+
+@pytest.mark.parametrize("name", SAME_BITS)
 def test_memory_savers_change_no_bit(trajectories: dict[str, training.Run], name: str) -> None:
     """`again` is the same run once more: if it differs, the kernels are to blame and the other cases say nothing."""
-    if name == "trained, too":
-        pytest.skip("the optimizer runs on the CPU, and the adapter, a unit of its own, unfused: other roundings")
     assert trajectories[name].losses == trajectories["resident"].losses
     for key, tensor in trajectories["resident"].adapter.items():
         assert torch.equal(trajectories[name].adapter[key], tensor), key
