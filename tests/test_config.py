@@ -473,7 +473,7 @@ def test_the_group_waits_as_long_as_it_is_told(make, lines):
 
 
 def test_finer_options_of_offloading_imply_it(make):
-    assert make(cpu_offload_layers="8").cpu_offload_layers == 8
+    assert read_policy(make(cpu_offload_layers="8")).cpu_offload_layers == 8
     for options in ({"cpu_offload_layers": 8}, {"cpu_offload_dir": "shards"}):
         config = make(**options)
         assert config.cpu_offload and read_policy(config).cpu_offload

@@ -222,6 +222,52 @@ def test_a_rehearsal(outcome: dict[str, Any]) -> None:
         assert words in " ".join(table.split()), table
 
 
+WORDS = {
+    "--seq 64": ("max_length", None),  # the data are cut already
+    "--batch 3": ("per_device_train_batch_size", 3),
+    "--grad-accumulation 5": ("gradient_accumulation_steps", 5),
+    "--steps 7": ("max_steps", 7),
+    "--cpu-offload": ("cpu_offload", True),
+    "--cpu-offload --no-pin": ("cpu_offload_pin_memory", False),
+    "--cpu-offload-layers 2": ("cpu_offload_layers", 2),
+    "--cpu-offload-dir shards": ("cpu_offload_dir", "shards"),
+    "--no-gradient-checkpointing": ("gradient_checkpointing", False),
+    "--no-fuse-lora": ("fuse_lora", False),
+    "--use-liger-kernel": ("use_liger_kernel", True),
+    "--param-dtype float32": ("param_dtype", "float32"),
+}
+
+
+def read_arguments(rank: int, config: str, folder: str) -> dict[str, Any]:
+    from hf_qlora_fsdp.rehearsal_ranks import Rehearsal
+
+    return {
+        words: getattr(Rehearsal(options(config, *words.split()))._arguments(folder), name)
+        for words, (name, _) in WORDS.items()
+    }
+
+
+def test_every_option_reaches_the_trainer(ranks: RankPool, config: str, tmp_path: Path) -> None:
+    read = ranks.run(read_arguments, config, str(tmp_path))[0]
+    assert read == {words: value for words, (_, value) in WORDS.items()}
+
+
+class OverTheCap:
+    """Trains to the end, on a card on which CUDA and NCCL had grown."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def run(self) -> dict[str, Any]:
+        return {"fits": False, "over_limit_bytes": 5 * MIB}
+
+
+def test_more_than_the_cap_is_a_result(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_qlora_fsdp.rehearsal_ranks.Rehearsal", OverTheCap)
+    monkeypatch.setenv("RANK", "0")
+    told = rehearsal.take_part(options(config), tmp_path)
+    assert rehearsal.collect(tmp_path, {}, 1, 0) == told == {"fits": False, "over_limit_bytes": 5 * MIB}
+
+
 def test_the_picture(outcome: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from hf_qlora_fsdp.rehearsal_report import draw

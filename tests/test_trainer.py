@@ -48,6 +48,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def train_ours(rank: int, folder: str, specs: dict[str, dict[str, Any]]) -> dict[str, training.Run]:
     """Train once a spec: `rows` and `peft` of a spec say what, the rest are arguments."""
+    from hf_qlora_fsdp.fusion import FusedLora
+
     runs = {}
     for name, spec in specs.items():
         changes = dict(spec)
@@ -56,6 +58,7 @@ def train_ours(rank: int, folder: str, specs: dict[str, dict[str, Any]]) -> dict
         first = training.adapter_of(trainer.model)
         runs[name] = training.run(trainer)
         runs[name].extra = {
+            "num_fused": sum(isinstance(module.forward, FusedLora) for module in trainer.model.modules()),
             "first": first,
             "trained_dtypes": {p.dtype for p in trainer.model.parameters() if p.requires_grad},
             "state_dtypes": {s["exp_avg"].dtype for s in trainer.optimizer.optimizer.state.values()}
@@ -95,6 +98,7 @@ def trajectories(ranks: RankPool, folder: str, out: str) -> dict[str, training.R
         "offload": base | {"cpu_offload": True, "cpu_offload_pin_memory": False},
         "checkpointing": base | {"gradient_checkpointing": True},
         "gathered": base | {"reshard_after_forward": False},
+        "unfused": base | {"param_dtype": "float32", "fuse_lora": False},
     }
     whole = {name: specs[name] for name in ("float32", "bfloat16")}
     ours = ranks.run(train_ours, folder, specs)[0]
@@ -115,6 +119,11 @@ def test_the_model_learns(trajectories: dict[str, training.Run]) -> None:
     """Without this, equal trajectories could be equal because nothing moves."""
     for name, run in trajectories.items():
         assert run.losses[-1] < run.losses[0] - 1, name
+
+
+def test_layers_run_fused_unless_told_otherwise(trajectories: dict[str, training.Run]) -> None:
+    assert trajectories["float32"].extra["num_fused"] == 2 * 7 and trajectories["unfused"].extra["num_fused"] == 0
+    assert_close(trajectories["float32"], trajectories["unfused"], NUM_STEPS)
 
 
 def test_two_processes_of_one_equal_one_process_of_two_in_float32(trajectories: dict[str, training.Run]) -> None:
