@@ -187,9 +187,16 @@ def dequantize(packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -
 def dequantize_in_parts(packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
     """Return what `dequantize` does, by the kernels of bitsandbytes: first the scales, then the codes."""
     codes, absmax = unpack(packed, layout)
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        codes.view(-1, 1), absmax, layout.blocksize, layout.quant_type, layout.shape, dtype
+    # In rows of one block: on CPUs with AVX512, bitsandbytes 0.50 takes wrong scales, without a word, where a row does
+    # not consist of whole blocks.
+    rows = (layout.num_blocks, layout.blocksize)
+    missing = rows[0] * rows[1] // 2 - codes.numel()
+    if missing:  # the last block is short
+        codes = nn.functional.pad(codes, (0, missing))
+    weight = torch.ops.bitsandbytes.dequantize_4bit(
+        codes.view(-1, 1), absmax, layout.blocksize, layout.quant_type, rows, dtype
     )
+    return weight.view(-1)[: layout.numel].view(layout.shape)
 
 
 @functools.cache

@@ -223,3 +223,18 @@ def test_backward_uses_the_weight_that_is_there_then():
     ours.set_packed(gathered)
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones(2, 96) @ other.dequantize())
+
+
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("shape", [(64, 96), (192, 320), (33, 64), (128, 576), (10, 200), (33, 70), (3, 129)])
+def test_each_weight_has_the_scale_of_its_block(shape, blocksize):
+    """Against the definition, since bitsandbytes itself is wrong here on some CPUs: rows that are no whole blocks."""
+    layout = PackedLayout(shape, blocksize=blocksize)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-3, 1, layout.numel).view(shape)  # neighbouring blocks have scales far apart
+    packed = quantize(torch.randn(shape, generator=generator) * sizes, layout, torch.float32)
+    codes, absmax = unpack(packed, layout)
+    values = bnb.functional.get_4bit_type("nf4", device="cpu")
+    indices = torch.stack([codes >> 4, codes & 15], dim=1).view(-1)[: layout.numel].long()
+    expected = (values[indices] * absmax.repeat_interleave(blocksize)[: layout.numel]).view(shape)
+    assert torch.equal(dequantize(packed, layout, torch.float32), expected)
