@@ -19,7 +19,8 @@ from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments
 from .adapters import check_peft_config, default_peft_config
 from .config import QLoRAFSDPConfig
 from .ranks import log_once
-from .sharding import ShardingPolicy, base_model, check_storage_dtype
+from .sharding import base_model, check_storage_dtype
+from .sharding_policy import ShardingPolicy
 from .units import format_dtype
 
 _TEXT_COLUMNS = ("input_ids", "messages", "prompt", "image", "images")

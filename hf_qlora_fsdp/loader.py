@@ -50,7 +50,6 @@ from .random_weights import draw_weights
 from .ranks import fail_together, join_process_group, local_world_size, rank
 from .shard_cache import choose_folder, consult
 from .sharding import (
-    ShardingPolicy,
     float32_parameters,
     make_mesh,
     mesh_device,
@@ -58,6 +57,7 @@ from .sharding import (
     shard_root,
     shard_unit,
 )
+from .sharding_policy import ShardingPolicy
 from .sources import Piece, Slot, Slots, Source, plan_checkpoint
 from .staging import NUM_SLOTS
 from .weights import Weights, find_weights

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_qlora_fsdp.loader import load_quantized_model
-from hf_qlora_fsdp.sharding import ShardingPolicy
+from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from tests.test_sharding import LORA, assert_identical, compute_sharded, reference_model, row_by_row, whole_model
 from tests.tiny import make_checkpoint
 

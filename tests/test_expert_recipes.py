@@ -18,7 +18,7 @@ from hf_qlora_fsdp.experts import PROJECTIONS, Experts4bit, fused_experts
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.matmul_share import count_multiplications
 from hf_qlora_fsdp.random_weights import draw_weights
-from hf_qlora_fsdp.sharding import ShardingPolicy
+from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from hf_qlora_fsdp.sources import Piece, Slot, plan_checkpoint
 from hf_qlora_fsdp.summary import count_parameters
 from hf_qlora_fsdp.weights import Weights, find_weights

@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_qlora_fsdp.anatomy import plan_units
 from hf_qlora_fsdp.expert_lora import ParamWrapper
 from hf_qlora_fsdp.experts import PROJECTIONS, Experts4bit, fused_experts, pack_experts
-from hf_qlora_fsdp.sharding import ShardingPolicy, check_sharded, make_mesh, shard_root, shard_unit
+from hf_qlora_fsdp.sharding import check_sharded, make_mesh, shard_root, shard_unit
+from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from tests.distributed import RankPool
 from tests.tiny import draw_parameters
 

@@ -268,7 +268,7 @@ def test_fusing_again_after_another_adapter_was_made_active(fused_calls):
 
 def compare_sharded(rank: int, folder: str, how: str) -> dict[str, Any]:
     """Train one step unfused and fused, in bfloat16, and one unfused in float32; say what came out."""
-    from hf_qlora_fsdp.sharding import ShardingPolicy
+    from hf_qlora_fsdp.sharding_policy import ShardingPolicy
     from tests.test_sharding import BUILDERS, INPUT_IDS, LORA, checkpoint_activations, draw_adapter, step
 
     def compute(model):

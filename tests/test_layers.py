@@ -25,6 +25,7 @@ LAYERS = [
     {"adapter_edits", "adapters", "cache_writer", "config", "merge_folder", "planner", "recipes", "staging", "summary"},
     {"expert_recipes"},
     {"offload"},
+    {"sharding_policy"},
     {"fusion", "sharding"},
     {"blueprint", "sources"},
     {"cache_reader", "random_weights"},
@@ -40,7 +41,7 @@ LAYERS = [
 ]
 
 # Each of these works alone, in a notebook, with plain arguments; the trainer and the command line translate for them.
-NEVER_SEE_CONFIG = {"planner", "loader", "sharding", "export", "merging", "checking"}
+NEVER_SEE_CONFIG = {"planner", "loader", "sharding", "sharding_policy", "export", "merging", "checking"}
 
 # What the package's own `__init__` defines rather than forwards.
 NAMES_OF_INIT = {"__version__"}

@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from hf_qlora_fsdp import loader, weights
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.packing import repack
-from hf_qlora_fsdp.sharding import ShardingPolicy, base_model, check_sharded
+from hf_qlora_fsdp.sharding import base_model, check_sharded
+from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from tests.distributed import run_ranks
 from tests.tiny import FAMILIES, VOCAB_SIZE, make_checkpoint, make_model
 

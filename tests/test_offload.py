@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from hf_qlora_fsdp import load_quantized_model
 from hf_qlora_fsdp.host_memory import HostMemory, KeptFile, MappedFile
 from hf_qlora_fsdp.offload import HostTensor
-from hf_qlora_fsdp.sharding import ShardingPolicy, spread
+from hf_qlora_fsdp.sharding_policy import ShardingPolicy, spread
 from tests.test_sharding import assert_identical, compute_sharded
 from tests.tiny import make_checkpoint
 

@@ -27,7 +27,6 @@ from hf_qlora_fsdp.errors import ShardingError
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.packing import PackedLinear4bit, dequantize
 from hf_qlora_fsdp.sharding import (
-    ShardingPolicy,
     base_model,
     check_sharded,
     check_storage_dtype,
@@ -38,6 +37,7 @@ from hf_qlora_fsdp.sharding import (
     shard_model,
     shard_root,
 )
+from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from tests.tiny import VOCAB_SIZE, make_checkpoint
 
 # One row a rank, of equal length, so that the mean over ranks is the mean over tokens.

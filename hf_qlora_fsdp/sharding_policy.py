@@ -1,0 +1,118 @@
+"""How a model is cut: in which dtype, how often it is gathered, and where its frozen weights lie in between.
+
+The arguments of a run become a `ShardingPolicy` (`inputs.read_policy`), and everything that shards takes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from .anatomy import Unit
+from .host_memory import HostMemory, KeptFile, MappedFile, PinnedMemory
+from .offload import HostStore
+
+
+@dataclass(frozen=True)
+class ShardingPolicy:
+    """How a model is cut.
+
+    Args:
+        param_dtype (`torch.dtype`): Dtype of the computation, in which parameters are gathered.
+        reshard_after_forward (`bool`): Free a layer after its forward and gather it again for its backward. Without
+            it, every layer stays gathered in between: faster, and as large as the whole 4-bit model.
+        cpu_offload (`bool`): Keep the frozen shards in host memory.
+        cpu_offload_pin_memory (`bool`): Pin them. Pinned memory is copied at once, and cannot be swapped out.
+        cpu_offload_layers (`int`, *optional*): Offload so many decoder layers, spread evenly, and nothing else.
+        cpu_offload_dir (`Path`, *optional*): Folder for the shards, in files that are mapped into memory.
+        cpu_offload_keep_files (`bool`): Leave these files for the next run.
+        cpu_offload_trainable (`bool`): Keep what is trained in host memory, too.
+        transformer_layer_cls_to_wrap (`tuple[str, ...]`, *optional*): Decoder layer classes. Found from the model by
+            default.
+    """
+
+    param_dtype: torch.dtype = torch.bfloat16
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    cpu_offload_pin_memory: bool = True
+    cpu_offload_layers: int | None = None
+    cpu_offload_dir: Path | None = None
+    cpu_offload_keep_files: bool = False
+    cpu_offload_trainable: bool = False
+    transformer_layer_cls_to_wrap: tuple[str, ...] | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return list(self.transformer_layer_cls_to_wrap) if self.transformer_layer_cls_to_wrap else None
+
+    def fully_shard(self, module: Any, mesh: DeviceMesh, ignored: set[nn.Parameter], **changes: Any) -> None:
+        """Call `torch.distributed.fsdp.fully_shard` on a module or a list of modules with this policy."""
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=torch.float32),
+            "reshard_after_forward": self.reshard_after_forward,
+            "ignored_params": ignored,
+        }
+        fully_shard(module, **(options | changes))
+
+    def pins_memory(self, device_type: str) -> bool:
+        """Return whether offloaded shards are pinned, which is something that memory is for an accelerator."""
+        return self.cpu_offload_pin_memory and self.cpu_offload_dir is None and device_type != "cpu"
+
+    def trainable_offload(self, mesh: DeviceMesh) -> OffloadPolicy:
+        """Return PyTorch's policy for what is trained."""
+        if not self.cpu_offload_trainable:
+            return OffloadPolicy()
+        return CPUOffloadPolicy(pin_memory=self.cpu_offload_pin_memory and mesh.device_type != "cpu")
+
+    def offloaded_units(self, units: Sequence[Unit]) -> set[str]:
+        """Return the names of the units whose frozen weights are offloaded."""
+        if not self.cpu_offload:
+            return set()
+        if self.cpu_offload_layers is None:
+            return {unit.name for unit in units}
+        layers = [unit.name for unit in units if unit.is_decoder_layer]
+        return {layers[index] for index in spread(self.cpu_offload_layers, len(layers))}
+
+    def describe_offload(self, device_type: str) -> str:
+        """Say in words what lies where."""
+        if not self.cpu_offload:
+            frozen = ""
+        else:
+            which = "frozen weights" if self.cpu_offload_layers is None else f"{self.cpu_offload_layers} decoder layers"
+            where = f"{'pinned' if self.pins_memory(device_type) else 'pageable'} host memory"
+            frozen = f"{which} in {where if self.cpu_offload_dir is None else f'files in {self.cpu_offload_dir}'}"
+        trained = "what is trained in host memory" if self.cpu_offload_trainable else ""
+        return ", ".join(part for part in (frozen, trained) if part) or "none"
+
+    def make_store(self, device: torch.device) -> HostStore | None:
+        """Return the place in host memory for a model's offloaded shards, `None` without offloading."""
+        if not self.cpu_offload:
+            return None
+        if self.cpu_offload_dir is not None:
+            kind = KeptFile if self.cpu_offload_keep_files else MappedFile
+            return HostStore(kind(self.cpu_offload_dir), device)
+        return HostStore(PinnedMemory() if self.pins_memory(device.type) else HostMemory(), device)
+
+
+def spread(count: int, total: int) -> list[int]:
+    """Return `count` of the indices below `total`, as evenly spaced as can be: `spread(2, 6)` is `[2, 5]`.
+
+    Transfers then have the computation of the layers between them to hide behind.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    if count > total:
+        raise ValueError(
+            f"cpu_offload_layers={count}, but the model has {total} decoder layers. Write a number up to {total}, or "
+            "leave it out, which offloads everything."
+        )
+    return [index for index in range(total) if (index + 1) * count // total > index * count // total]
