@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv (`Sequence[str]`, *optional*): Arguments; those of the process by default.
     Returns:
-        `int`: Exit code: 0; 1 if the command failed, with the reason on stderr; 130 if it was interrupted.
+        `int`: Exit code: 0; 1 if the answer is no, or the command failed; 2 if what was asked for cannot work, with the
+            reason on stderr; 130 if it was interrupted.
     Raises:
         SystemExit: The arguments are no command (2), or `--help` or `--version` (0).
     """
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (ValueError, OSError) as error:
         print(f"hf-qlora-fsdp: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -272,7 +272,7 @@ def test_a_failing_process_fails_the_demo_and_leaves_no_old_report(
 
 
 def test_a_reason_and_not_a_traceback(no_hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--model", "nobody/nothing"]) == 1
+    assert cli.main(["demo", "--model", "nobody/nothing"]) == 2
     assert capsys.readouterr().err.startswith("hf-qlora-fsdp: --model nobody/nothing")
 
 

@@ -744,5 +744,5 @@ def test_command_line(base, tmp_path, capsys):
     )
     assert (written / "merge.json").read_bytes() == (tmp_path / "merged" / "merge.json").read_bytes()
     assert not changed(str(written), tmp_path / "merged")
-    assert main(["merge", base(), str(tmp_path / "nowhere"), str(tmp_path / "other")]) == 1
+    assert main(["merge", base(), str(tmp_path / "nowhere"), str(tmp_path / "other")]) == 2
     assert "nowhere' is no folder" in capsys.readouterr().err

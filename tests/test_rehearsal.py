@@ -71,7 +71,7 @@ def take_part(rank: int, args: argparse.Namespace, folder: str | None) -> Any:
 def test_options_that_cannot_work(
     config: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["rehearse", config, *words]) == 1
+    assert cli.main(["rehearse", config, *words]) == 2
     assert re.match(f"hf-qlora-fsdp: {message}", capsys.readouterr().err)
 
 
@@ -80,7 +80,7 @@ def test_options_that_cannot_work(
 def test_what_is_about_cards_is_refused_by_name_on_a_cpu(
     config: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["rehearse", config, *words]) == 1
+    assert cli.main(["rehearse", config, *words]) == 2
     said = capsys.readouterr().err
     assert f"{' '.join(words)} is about the memory of a card, and this machine has none. Leave it out" in said
 
