@@ -104,7 +104,8 @@ def multiply_groups(x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups, sta
     """
     stop = start + len(w_GKN)
     rows = groups.rows(start, stop)
-    if groups.fused and can_fuse(x_SK, w_GKN):
+    # A single product needs no launch saved, and is written where it belongs, which grouped_mm cannot do.
+    if groups.fused and len(w_GKN) > 1 and can_fuse(x_SK, w_GKN):
         out_SN[rows] = grouped_mm(x_SK[rows].contiguous(), w_GKN, offs=groups.ends[start:stop] - rows.start)
         return
     for group, w_KN in enumerate(w_GKN, start):
