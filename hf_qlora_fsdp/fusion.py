@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from .expert_lora import ParamWrapper
 from .kernels.lora_linear import LoraWeights, apply_lora_linear
 from .kernels.swiglu import apply_swiglu
 from .packing import PackedLinear4bit
@@ -152,7 +153,7 @@ def fuse_lora(model: nn.Module) -> FusionReport:
     unfuse_lora(model)
     report = FusionReport()
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):  # experts have a way of their own
             reason = _find_obstacle(module)
             if reason:
                 report.unfused[reason] += 1

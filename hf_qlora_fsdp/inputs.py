@@ -18,6 +18,7 @@ from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments
 
 from .adapters import check_peft_config, default_peft_config
 from .config import QLoRAFSDPConfig
+from .experts import Experts4bit
 from .ranks import log_once
 from .sharding import base_model, check_storage_dtype
 from .sharding_policy import ShardingPolicy
@@ -216,6 +217,22 @@ def check_model(model: Any, peft_config: Any) -> None:
             "Pass its name or folder as model, which is quantised while it is read, or load it with "
             "quantization_config=BitsAndBytesConfig(load_in_4bit=True)."
         )
+
+
+def leave_experts_to_us(model: nn.Module, args: QLoRAFSDPConfig) -> None:
+    """Leave Liger's SwiGLU out where experts are in 4 bits: it would multiply by weights that are not there.
+
+    What else Liger replaces in such models, norms and rotary embeddings, works as in any other (liger-kernel 0.8.5).
+
+    Args:
+        model (`nn.Module`): The model that is about to be trained.
+        args (`QLoRAFSDPConfig`): Gets another `liger_kernel_config`.
+    """
+    options: dict[str, Any] = dict(args.liger_kernel_config or {})
+    if args.use_liger_kernel and any(isinstance(module, Experts4bit) for module in model.modules()):
+        if options.get("swiglu", True):
+            log_once("use_liger_kernel: all but its SwiGLU, which knows no experts in 4 bits.")
+        args.liger_kernel_config = options | {"swiglu": False}
 
 
 def announce_default_adapter() -> LoraConfig:

@@ -39,6 +39,7 @@ from .inputs import (
     announce_default_adapter,
     check_datasets,
     check_model,
+    leave_experts_to_us,
     load_processing_class,
     read_model_options,
     read_policy,
@@ -100,6 +101,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         set_seed(args.seed)
         given["processing_class"] = given.get("processing_class") or load_processing_class(model, args)
         given["model"] = self._resolve_model(model, args, quantization, peft_config)
+        leave_experts_to_us(given["model"], args)
         check_exportable(given["model"])
         _complete_heads(given["model"])
         with _hidden_from_trl(given["model"], args):

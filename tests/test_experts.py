@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_qlora_fsdp.anatomy import plan_units
 from hf_qlora_fsdp.expert_lora import ParamWrapper
 from hf_qlora_fsdp.experts import PROJECTIONS, Experts4bit, fused_experts, pack_experts
+from hf_qlora_fsdp.fusion import fuse_lora
+from hf_qlora_fsdp.inputs import leave_experts_to_us
 from hf_qlora_fsdp.sharding import check_sharded, make_mesh, shard_root, shard_unit
 from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from tests.distributed import RankPool
@@ -298,6 +301,16 @@ def test_what_cannot_be_packed_is_refused_by_name() -> None:
     config._register_custom_module({Experts4bit: ParamWrapper})
     with pytest.raises(ValueError, match=r"down_proj_bias.*gate_up_proj"):
         get_peft_model(nn.ModuleDict({"experts": packed}), config)
+
+
+@pytest.mark.parametrize("given", [None, {"swiglu": True, "rope": False}])
+def test_others_leave_experts_alone(given: dict[str, bool] | None) -> None:
+    """Liger would replace their forward, and ours, which is fused in its own way, is nothing that was left unfused."""
+    model = add_lora(pack_and_dequantize(make_moe("mixtral")), ours=True)
+    args: Any = SimpleNamespace(use_liger_kernel=True, liger_kernel_config=given)
+    leave_experts_to_us(model, args)
+    assert args.liger_kernel_config == {**(given or {}), "swiglu": False}
+    assert fuse_lora(model).unfused.total() == 2  # the query projections, which are not packed here
 
 
 # ---- Two ranks -------------------------------------------------------------------------------------------------------
