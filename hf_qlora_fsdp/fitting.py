@@ -1,9 +1,9 @@
 """Will it fit? Asked after the headers are read and before the weights are.
 
-The peak of loading is known in advance, S + 2 U + T (`loader.py`). If a card, the host, or the disk that shards are
-mapped from has less than that, loading can only end in an out-of-memory error half an hour later, so it ends here, with
-what to change. Activations are not counted: they depend on the batch, and a model that loads but does not train says so
-at the first step.
+The peak of loading is known in advance, S + 2 U + T of whichever unit has most of it (`loader.py`). If a card, the
+host, or the disk that shards are mapped from has less than that, loading can only end in an out-of-memory error half an
+hour later, so it ends here, with what to change. Activations are not counted: they depend on the batch, and a model
+that loads but does not train says so at the first step.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Need:
         staging_bytes (`int`): Pinned memory through which these are copied.
         mapped (`bool`): Whether they go to a file on the host's disk.
         kept (`bool`): Whether that file is there already, from an earlier run.
-        unit_bytes (`int`): U, the largest unit, whole.
-        tensor_bytes (`int`): T, the largest tensor of the checkpoint.
+        transient_bytes (`int`): 2 U + T, of the unit that has most of it.
+        tensor_bytes (`int`): The largest T, which is on the host while it is read.
         world_size (`int`): Ranks that share the weights.
         ranks_per_host (`int`): Ranks that share a host's memory.
     """
 
     resident_bytes: int
-    unit_bytes: int
+    transient_bytes: int
     tensor_bytes: int
     world_size: int
     ranks_per_host: int
@@ -46,7 +46,7 @@ class Need:
 
     def peak(self, device_type: str) -> dict[str, int]:
         """Return the peak by place: `"cuda"` for one card, `"host"` and `"disk"` for all ranks of a host together."""
-        on_device = self.resident_bytes + 2 * self.unit_bytes + self.tensor_bytes
+        on_device = self.resident_bytes + self.transient_bytes
         on_host = self.staging_bytes + (0 if self.mapped else self.offloaded_bytes)
         peak = {"disk": self.ranks_per_host * self.offloaded_bytes} if self.mapped and not self.kept else {}
         if device_type == "cpu":

@@ -10,10 +10,10 @@ Each byte of the checkpoint is thus read by one rank of a node, and what travels
 nodes read their own copy: a disk is closer than another machine.
 The first load keeps what it made, and later ones read that: 4 bits, nothing to quantise (`shard_cache.py`).
 
-**Memory.** With S the bytes of a rank's shards, U those of the largest unit in its final form (4 bits, or 16 for the
-embedding), and T those of the largest single tensor as it lies in the checkpoint and once more in the parameter dtype
-(where transformers makes one weight of several stored ones, all of these), the peak on the device of a rank while
-loading is
+**Memory.** With S the bytes of a rank's shards, U those of a unit in its final form (4 bits, or 16 for the embedding),
+and T those of its largest single tensor as it lies in the checkpoint, and once more in the parameter dtype if it is
+quantised from that (where transformers makes one weight of several stored ones, all of these), the peak on the device
+of a rank while loading is, for the unit that has most of it,
 
     S + 2 U + T
 
@@ -74,8 +74,8 @@ class LoadReport:
         from_cache (`bool`): Whether that was a shard cache.
         bytes_read (`int`): What this rank read.
         seconds (`float`): Wall time.
-        largest_unit_bytes (`int`): U of the module docstring.
-        largest_tensor_bytes (`int`): T of the module docstring.
+        largest_unit_bytes (`int`): The largest U of the module docstring.
+        largest_tensor_bytes (`int`): The largest T.
     """
 
     checkpoint_bytes: int
@@ -244,7 +244,9 @@ class _Loading:
 
     def need(self) -> Need:
         """Say what loading will take, before any of it is done."""
-        sizes = {unit.name if unit else "": self._final_bytes(pieces) for unit, pieces in self._group_pieces()}
+        groups = {unit.name if unit else "": pieces for unit, pieces in self._group_pieces()}
+        sizes = {name: self._final_bytes(pieces) for name, pieces in groups.items()}
+        tensors = {name: max((piece.transient_bytes for piece in pieces), default=0) for name, pieces in groups.items()}
         offloaded = [size for name, size in sizes.items() if name in self.offloaded]
         pinned, world_size = self.policy.pins_memory(self.device.type), dist.get_world_size()
         return Need(
@@ -253,7 +255,7 @@ class _Loading:
             staging_bytes=0 if pinned else NUM_SLOTS * max(offloaded, default=0) // world_size,
             mapped=self.policy.cpu_offload_dir is not None,
             kept=self.store is not None and self.store.memory.is_reused,
-            unit_bytes=max(sizes.values()),
+            transient_bytes=max(2 * sizes[name] + tensors[name] for name in groups),
             tensor_bytes=self.report.largest_tensor_bytes,
             world_size=world_size,
             ranks_per_host=local_world_size(),

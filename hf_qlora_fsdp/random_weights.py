@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .experts import Experts4bit
-from .recipes import logical_shape, stacked_experts
+from .recipes import is_packed, logical_shape, stacked_experts
 from .sources import Piece, Slots, Source, finish
 
 _DEFAULT_STD = 0.02
@@ -45,10 +45,13 @@ def draw_weights(model: PreTrainedModel, param_dtype: torch.dtype, seed: int = 0
             continue
         shape = logical_shape(model, name)
         num_bytes = math.prod(shape) * param_dtype.itemsize
-        # As for a checkpoint in `param_dtype`: the weight as it is stored, and once more while it is quantised. Experts
+        # As for a checkpoint in `param_dtype`: the weight as it is stored, and once more if it is quantised. Experts
         # come one at a time.
-        at_a_time = num_bytes // shape[0] if stacked_experts(model, name) else num_bytes
-        pieces.append(Piece((name,), num_bytes, 2 * at_a_time, partial(_draw, shape, std, param_dtype, seed)))
+        if stacked_experts(model, name):
+            transient = 2 * num_bytes // shape[0]
+        else:
+            transient = 2 * num_bytes if is_packed(model, name) else num_bytes
+        pieces.append(Piece((name,), num_bytes, transient, partial(_draw, shape, std, param_dtype, seed)))
     return Source(pieces, lambda: 0)
 
 

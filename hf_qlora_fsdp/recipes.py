@@ -68,9 +68,15 @@ class Recipe:
         return sum(weights.tensors[name].num_bytes for name in self.stored_names)
 
     def transient_bytes(self, weights: Weights, dtype: torch.dtype) -> int:
-        """Return what is in memory while this is made: all it reads, and once more in the parameter dtype."""
+        """Return what is in memory while this is made, beside its final form.
+
+        That is all it reads, and once more in the parameter dtype what is quantised from that or comes out of a
+        conversion. A weight that is taken as it is stored has its final form in that dtype.
+        """
         assert self.shapes is not None
-        made = [] if self.quant_state else [math.prod(self.shapes.shape(name)) for name in self.targets]
+        shapes = self.shapes
+        passing = [] if self.quant_state else [t for t in self.targets if self.converter or shapes.is_packed(t)]
+        made = [math.prod(shapes.shape(name)) for name in passing]
         return self.num_bytes(weights) + dtype.itemsize * sum(made)
 
     def realize(self, read: Callable[[str], torch.Tensor]) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
@@ -121,11 +127,17 @@ def plan_recipes(model: PreTrainedModel, weights: Weights, key_mapping: dict[str
     return recipes
 
 
+def is_packed(model: nn.Module, name: str) -> bool:
+    """Return whether a parameter is the packed weight of a 4-bit layer."""
+    path, _, leaf = name.rpartition(".")
+    return isinstance(model.get_submodule(path), PackedLinear4bit) and leaf == "weight"
+
+
 def logical_shape(model: nn.Module, name: str) -> tuple[int, ...]:
     """Return the shape that a parameter has in a 16-bit checkpoint: for a packed layer, that of its weight."""
     path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if isinstance(module, PackedLinear4bit) and leaf == "weight":
+    module: Any = model.get_submodule(path)
+    if is_packed(model, name):
         rows, columns = module.layout.shape
         return (columns, rows) if module.source_cls is Conv1D else (rows, columns)
     experts = stacked_experts(model, name)
@@ -206,12 +218,16 @@ class _Shapes:
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         self.config = model.config
         self._empty = {name: torch.empty(logical_shape(model, name), device="meta") for name in names}
+        self._packed = {name for name in self._empty if is_packed(model, name)}
 
     def get_parameter(self, name: str) -> torch.Tensor:
         return self._empty[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._empty[name].shape)
+
+    def is_packed(self, name: str) -> bool:
+        return name in self._packed
 
     def __contains__(self, name: str) -> bool:
         return name in self._empty

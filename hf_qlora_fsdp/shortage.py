@@ -93,8 +93,13 @@ def measure_shapes(options: argparse.Namespace) -> Shapes:
     sizes = [sum(p.nbytes for name in unit.modules for p in model.get_submodule(name).parameters()) for unit in units]
     layers = [size for unit, size in zip(units, sizes, strict=True) if unit.is_decoder_layer]
     shards = sum({id(parameter): parameter.nbytes for parameter in model.parameters()}.values()) // world_size()
-    tensor = max(piece.transient_bytes for piece in draw_weights(model, dtype).pieces)
-    return Shapes(max(layers) // world_size(), len(layers), shards, shards + 2 * max(sizes) + tensor)
+    tensors = [0] * len(units)
+    for piece in draw_weights(model, dtype).pieces:
+        for index, unit in enumerate(units):
+            if any(piece.targets[0].startswith(f"{name}.") for name in unit.modules):
+                tensors[index] = max(tensors[index], piece.transient_bytes)
+    transient = max(2 * size + tensor for size, tensor in zip(sizes, tensors, strict=True))
+    return Shapes(max(layers) // world_size(), len(layers), shards, shards + transient)
 
 
 def advise(options: argparse.Namespace, shapes: Shapes, missing_bytes: int | None, num_ranks: int) -> list[str]:

@@ -14,7 +14,7 @@ GIB = 2**30
 def need(**changes) -> Need:
     values = {
         "resident_bytes": 18 * GIB,
-        "unit_bytes": GIB,
+        "transient_bytes": 2 * GIB + GIB // 2,
         "tensor_bytes": GIB // 2,
         "world_size": 2,
         "ranks_per_host": 2,

@@ -504,14 +504,16 @@ def measure_loading(rank: int, folder: str, options: dict[str, Any]) -> dict[str
         live.peak_bytes = max(live.peak_bytes, live.live_bytes())
         return tensor
 
+    check, announced = loader.check_fits, []
     weights.Weights.read = read_and_show
+    loader.check_fits = lambda name, need, *rest: announced.append(need) or check(name, need, *rest)
     try:
         with live:
             model = load_quantized_model(folder, policy=ShardingPolicy(), progress=False, **options)
             gc.collect()
             remaining = live.live_bytes()
     finally:
-        weights.Weights.read = read
+        weights.Weights.read, loader.check_fits = read, check
     shards = {id(p): p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters()}
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     report = model.load_report
@@ -522,6 +524,7 @@ def measure_loading(rank: int, folder: str, options: dict[str, Any]) -> dict[str
         "S": sum(shards.values()) + buffers,
         "U": report.largest_unit_bytes,
         "T": report.largest_tensor_bytes,
+        "2U+T": announced[0].transient_bytes,
         "whole": sum(whole.values()),
     }
 
@@ -538,6 +541,14 @@ def test_peak_memory(ranks, tmp_path, stored_dtype, lora):
         assert measured["remaining"] <= measured["S"] * 1.001 + 4096, measured  # nothing is kept by accident
         # The bound means something: a rank that holds the 4-bit model whole, as other loaders do, is beyond it.
         assert bound < 0.85 * measured["whole"], (bound, measured)
+
+
+def test_peak_memory_of_a_large_embedding(ranks, tmp_path):
+    # The head, with the norm: as stored, whole in its final form, and once more as a part that is sent and its shard.
+    folder = make_checkpoint(tmp_path, "llama", dtype=torch.bfloat16, vocab_size=4096, hidden_size=128)
+    for measured in ranks.run(measure_loading, folder, {}):
+        assert measured["2U+T"] == 3 * 4096 * 128 * 2 + 2 * 128 * 2
+        assert measured["peak"] <= measured["S"] + measured["2U+T"], measured
 
 
 # ---- Adapters --------------------------------------------------------------------------------------------------------
