@@ -6,7 +6,8 @@ Training with LoRA on frozen weights is not the usual three times that:
     forward                          2 P    frozen and trained matrices
     backward, for the inputs         2 P    frozen and trained matrices
     backward, for the weights        2 P    trained matrices alone; frozen ones need no gradient of their own
-    forward again                    2 P    matrices in decoder layers, with gradient checkpointing
+    forward again                    2 P    matrices in decoder layers, with gradient checkpointing, but for the last
+                                            one of a fused MLP, which is spared (`kernels/swiglu.py`)
 
 Attention multiplies activations with each other. A token sees (s + 1) / 2 others on average of a causal sequence of s,
 and is multiplied with each of them twice (scores, values), 2 w operations each, w being heads x head size:
@@ -33,6 +34,7 @@ from torch import nn
 
 from .expert_lora import ExpertsA
 from .experts import Experts4bit
+from .fusion import FusedMLP
 from .packing import PackedLinear4bit
 
 _SIZES = {"cuda": 8192, "cpu": 512}
@@ -49,20 +51,21 @@ class Multiplications:
         head (`int`): Frozen weights of the LM head.
         trained (`int`): Trained weights in decoder layers.
         attention (`int`): Heads x head size, summed over the layers.
+        spared (`int`): Weights, frozen or trained, that checkpointing does not multiply again.
     """
 
     frozen: int
     head: int
     trained: int
     attention: int
+    spared: int = 0
 
     def flops_per_token(self, sequence_length: int, checkpointing: bool) -> int:
         """Return the operations of forward and backward, see the module docstring."""
         again = 1 if checkpointing else 0
         attention = 2 * (sequence_length + 1) * self.attention
-        return (
-            2 * self.frozen * (2 + again) + 2 * self.head * 2 + 2 * self.trained * (3 + again) + attention * (3 + again)
-        )
+        once = 2 * (2 * self.frozen + 2 * self.head + 3 * self.trained) + 3 * attention
+        return once + again * (2 * (self.frozen + self.trained - self.spared) + attention)
 
 
 def count_multiplications(base: Any) -> Multiplications:
@@ -87,12 +90,16 @@ def count_multiplications(base: Any) -> Multiplications:
                 trained += module.weight.numel()
             else:
                 frozen += module.weight.numel()
+    fused = [mlp for mlp in base.modules() if isinstance(mlp.__dict__.get("forward"), FusedMLP)]
+    layouts = [mlp.down_proj.base_layer.layout for mlp in fused]
+    adapters = [linear.weight for mlp in fused for linear in mlp.down_proj.modules() if type(linear) is nn.Linear]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Multiplications(
         frozen=frozen,
         head=head.weight.numel() if head is not None else 0,
         trained=trained,
         attention=config.num_hidden_layers * config.num_attention_heads * head_size,
+        spared=sum(layout.numel for layout in layouts) + sum(weight.numel() for weight in adapters),
     )
 
 

@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 # From the bottom up. A folder is one module: what is inside it may import what else is inside it.
 LAYERS = [
     {"errors", "host", "units", "orders"},
-    {"kernels", "ranks"},
+    {"ranks"},
+    {"kernels"},
     {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
     | {"demo_model", "grouping", "quantization", "translation", "watch", "weights"},
     {"expert_lora", "expert_stacks"},

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,15 @@ def test_multiplications_against_a_count_by_hand(tmp_path: Path) -> None:
 
     from hf_qlora_fsdp.adapters import inject_adapter
     from hf_qlora_fsdp.blueprint import build_quantized_meta_model
+    from hf_qlora_fsdp.fusion import fuse_lora
     from hf_qlora_fsdp.matmul_share import count_multiplications
 
     LlamaConfig(
         hidden_size=256, intermediate_size=640, num_hidden_layers=3, vocab_size=1000,
         num_attention_heads=8, num_key_value_heads=2, head_dim=32,
     ).save_pretrained(tmp_path)  # fmt: skip
-    model = build_quantized_meta_model(str(tmp_path), None, torch.bfloat16, hub={})
+    rebuild = partial(build_quantized_meta_model, str(tmp_path), None, torch.bfloat16, hub={})
+    model = rebuild()
     inject_adapter(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
     counted = count_multiplications(model)
     # Of a layer: q and o 256 x 256, k and v 256 x 64, gate, up and down 256 x 640.
@@ -134,6 +137,13 @@ def test_multiplications_against_a_count_by_hand(tmp_path: Path) -> None:
     # What is done again: the layers' forward, without the head.
     again = 2 * 3 * layer + 2 * counted.trained + pairs
     assert counted.flops_per_token(5, checkpointing=True) == plain + again
+    # A fused MLP is not run to its end again.
+    inject_adapter(other := rebuild(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    before = count_multiplications(other)
+    fuse_lora(other)
+    spared = before.flops_per_token(5, True) - count_multiplications(other).flops_per_token(5, True)
+    assert spared == 2 * 3 * (256 * 640 + 4 * (640 + 256))
+    assert before.flops_per_token(5, False) == count_multiplications(other).flops_per_token(5, False)
 
 
 def test_kinds_of_host_memory_and_their_peaks(tmp_path: Path) -> None:

@@ -1,56 +1,59 @@
-"""The gated MLP of Llama and its kin, adapters included, as one function: y = down(silu(gate(x)) * up(x)).
+"""The gated MLP of Llama and its kin, adapters included: y = down(silu(gate(x)) * up(x)).
 
 Layer by layer, autograd keeps four tensors of the wide inner size: what gate puts out, its silu, what up puts out, and
 their product, which down reads. Here it keeps two, and makes the others again in the backward, which costs a pass over
 each. Gate and up read the same input, so their gradients for it are added where the first lies, by the product itself.
 
-The forward has the bits of the three layers and of torch between them (`lora_linear.py`).
+**Two functions, the second of which keeps nothing.** Gradient checkpointing runs a layer's forward again in the
+backward, and stops once everything that was kept is there again. An MLP is the last thing in a layer. As one function
+it would have to be run to its end, and the product of down, a third of it, is needed by nobody a second time. So
+`_Down` takes all that its backward needs from what `_Gated` has kept, whose backward comes next and gets it handed on.
+
+The forward has the bits of the three layers and of torch between them (`lora_linear.py`, `silu_product.py`).
 
 Shape suffixes: T tokens, K hidden size, I inner size, R rank.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
-from .lora_linear import LoraWeights, backward_through_b, backward_to_b, backward_to_input, forward_product
+from .lora_linear import (
+    LoraWeights,
+    apply_lora_linear,
+    backward_through_b,
+    backward_to_b,
+    backward_to_input,
+    forward_product,
+)
+from .silu_product import silu_product, silu_product_gradients
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
+    """m = silu(gate(x)) * up(x)."""
+
     @staticmethod
-    def forward(ctx, x, gate_a, gate_b, up_a, up_b, down_a, down_b, layers, scalings):
-        gate, up, down = layers
-        gate_scaling, up_scaling, down_scaling = scalings
+    def forward(ctx, x, gate_a, gate_b, up_a, up_b, layers, scalings):
+        (gate, up), (gate_scaling, up_scaling) = layers, scalings
         g, gate_h = forward_product(x, gate, gate_a, gate_b, gate_scaling)
         u, up_h = forward_product(x, up, up_a, up_b, up_scaling)
-        y, down_h = forward_product(nn.functional.silu(g).mul_(u), down, down_a, down_b, down_scaling)
-        ctx.save_for_backward(x, g, u, gate_h, up_h, down_h)
-        ctx.layers, ctx.scalings = layers, scalings
-        return y
+        ctx.save_for_backward(x, g, u, gate_h, up_h)
+        ctx.layers, ctx.scalings, ctx.handed_on = layers, scalings, None
+        return silu_product(g, u)
 
     @staticmethod
-    def backward(ctx, dy):
-        gate, up, down = ctx.layers
-        gate_scaling, up_scaling, down_scaling = ctx.scalings
-        x, g, u, gate_h, up_h, down_h = ctx.saved_tensors
-        needs_x, *needs = ctx.needs_input_grad[:7]
-        grads = [None] * 6  # of A and B of gate, up and down
-        x_TK, g_TI, u_TI, dy_TK = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, g, u, dy))
-
-        silu_TI = nn.functional.silu(g_TI)
-        dh_TR = backward_through_b(dy_TK, down, down_scaling)
-        if needs[4]:
-            grads[4] = dh_TR.t().mm(silu_TI * u_TI)
-        if needs[5]:
-            grads[5] = backward_to_b(dy_TK, down_h, down_scaling)
-        dm_TI = backward_to_input(dy_TK, dh_TR, down)
-        du_TI = silu_TI.mul_(dm_TI)
-        dg_TI = torch.ops.aten.silu_backward(dm_TI.mul_(u_TI), g_TI)
-
+    def backward(ctx, dm):
+        # What checkpointing has made again can be taken once, and `_Down` has.
+        (x, g, u, gate_h, up_h), ctx.handed_on = ctx.handed_on, None
+        needs_x, *needs = ctx.needs_input_grad[:5]
+        grads = [None] * 4  # of A and B of gate and up
+        x_TK, dm_TI = x.reshape(-1, x.shape[-1]), dm.view(-1, dm.shape[-1])
+        dg_TI, du_TI = silu_product_gradients(dm_TI, g.view(dm_TI.shape), u.view(dm_TI.shape))
         dx = None
         for index, (d_TI, layer, h_TR, scaling) in enumerate(
-            ((dg_TI, gate, gate_h, gate_scaling), (du_TI, up, up_h, up_scaling))
+            zip((dg_TI, du_TI), ctx.layers, (gate_h, up_h), ctx.scalings, strict=True)
         ):
             if needs[2 * index + 1]:
                 grads[2 * index + 1] = backward_to_b(d_TI, h_TR, scaling)
@@ -61,6 +64,34 @@ class _SwiGLU(torch.autograd.Function):
             if needs_x:
                 dx = backward_to_input(d_TI, dh_TR, layer, dx)
         return (None if dx is None else dx.view(x.shape), *grads, None, None)
+
+
+class _Down(torch.autograd.Function):
+    """y = down(m), for an m that `_Gated` has put out."""
+
+    @staticmethod
+    def forward(ctx, m, down_a, down_b, down, scaling, gated):
+        y, _ = forward_product(m, down, down_a, down_b, scaling)
+        ctx.down, ctx.scaling, ctx.gated = down, scaling, gated
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        down, scaling, gated = ctx.down, ctx.scaling, ctx.gated
+        _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        gated.handed_on = _, g, u, *_ = gated.saved_tensors
+        dy_TK = dy.reshape(-1, dy.shape[-1])
+        da_RI = db_KR = None
+        dh_TR = backward_through_b(dy_TK, down, scaling)
+        if needs_a or needs_b:
+            m_TI = silu_product(g, u).view(dy_TK.shape[0], -1)
+            if needs_a:
+                da_RI = dh_TR.t().mm(m_TI)
+            if needs_b:
+                db_KR = backward_to_b(dy_TK, m_TI.mm(down.lora_a.weight.t()), scaling)
+            del m_TI  # before the 16-bit weight is made
+        dm = backward_to_input(dy_TK, dh_TR, down).view(g.shape)
+        return dm, da_RI, db_KR, None, None, None
 
 
 def apply_swiglu(
@@ -77,5 +108,10 @@ def apply_swiglu(
     Source:
         SwiGLU, arXiv:2002.05202, equation 6.
     """
-    parameters = [part.weight for layer in layers for part in (layer.lora_a, layer.lora_b)]
-    return _SwiGLU.apply(x, *parameters, layers, scalings)
+    *inner, down = layers
+    *inner_scalings, down_scaling = scalings
+    parameters = [part.weight for layer in inner for part in (layer.lora_a, layer.lora_b)]
+    m: Any = _Gated.apply(x, *parameters, inner, inner_scalings)
+    if m.grad_fn is None:  # nothing before down wants a gradient, so nothing was kept
+        return apply_lora_linear(m, down, down_scaling)
+    return _Down.apply(m, down.lora_a.weight, down.lora_b.weight, down, down_scaling, m.grad_fn)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_qlora_fsdp.fusion import FusedMLP, fuse_lora, unfuse_lora
+from hf_qlora_fsdp.kernels.silu_product import silu_product, silu_product_gradients
 from hf_qlora_fsdp.packing import repack
 from tests.kernels.test_lora_linear import DTYPES, differentiate, error_of
 from tests.test_packing import make_linear
@@ -141,3 +144,67 @@ def test_a_hook_on_a_layer_of_it_still_runs():
     assert torch.equal(mlp(x), usual)
     unfuse_lora(mlp)
     assert "forward" not in mlp.__dict__ and "forward" not in mlp.up_proj.__dict__
+
+
+def test_what_is_computed_again_ends_before_down(monkeypatch):
+    mlp = make_mlp(torch.bfloat16)
+    fuse_lora(mlp)
+    adapter, counts = adapter_of(mlp), Counter()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        base = getattr(mlp, name).base_layer
+        monkeypatch.setattr(
+            base, "dequantize", lambda *args, name=name, of=base.dequantize: (counts.update([name]), of(*args))[1]
+        )
+    x, dy = torch.randn(2, 20, HIDDEN, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 20, HIDDEN).bfloat16()
+    usual = differentiate(mlp, x, dy, *adapter)
+    assert counts == {"gate_proj": 2, "up_proj": 2, "down_proj": 2}
+    counts.clear()
+    again = differentiate(lambda x: checkpoint(mlp, x, use_reentrant=False), x, dy, *adapter)
+    assert counts == {"gate_proj": 3, "up_proj": 3, "down_proj": 2}
+    assert all(map(torch.equal, again, usual))
+
+
+def test_graph_can_be_used_twice():
+    mlp = make_mlp(torch.float32)
+    fuse_lora(mlp)
+    x = torch.randn(4, HIDDEN, requires_grad=True)
+    y = mlp(x).sum()
+    first, second = (torch.autograd.grad(y, [x, *adapter_of(mlp)], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert torch.equal(torch.autograd.grad(y, mlp.up_proj.lora_A["default"].weight)[0], first[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_product_with_silu_and_its_gradients(dtype):
+    g, u, dm = (torch.randn(3, 50, dtype=dtype) for _ in range(3))
+    exact = [tensor.double().requires_grad_() for tensor in (g, u)]
+    m = nn.functional.silu(exact[0]) * exact[1]
+    expected = m.detach(), *torch.autograd.grad(m, exact, dm.double())
+    computed = silu_product(g, u), *silu_product_gradients(dm.clone(), g, u)
+    for mine, theirs in zip(computed, expected, strict=True):
+        # Two roundings, and some more in float32; gradients by the largest term, which others may cancel.
+        assert ((mine - theirs).abs() <= 3 * torch.finfo(dtype).eps * (theirs.abs() + dm.abs() * u.abs())).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (64, 28672), (2048, 1000)])
+def test_kernels_give_the_numbers_of_torch(dtype, shape):
+    from hf_qlora_fsdp.kernels.silu_product import (
+        _find_kernels,
+        silu_product_gradients_in_parts,
+        silu_product_in_parts,
+    )
+
+    assert _find_kernels(torch.device("cuda", 0)) is not None
+    torch.manual_seed(0)
+    g, u, dm = (4 * torch.randn(shape, dtype=dtype, device="cuda:0") for _ in range(3))
+    mine = silu_product(g, u), *silu_product_gradients(dm.clone(), g, u)
+    theirs = silu_product_in_parts(g, u), *silu_product_gradients_in_parts(dm.clone(), g, u)
+    for one, other in zip(mine, theirs, strict=True):
+        # Where float32 differs in its last bits, a 16-bit number may be the next one: rarely. Gradients may cancel.
+        if dtype == torch.float32:
+            assert ((one - other).abs() <= 16 * torch.finfo(dtype).eps * (other.abs() + (dm * u).abs())).all()
+        else:
+            assert torch.allclose(one, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            assert (one != other).float().mean() < 1e-3

@@ -1,0 +1,71 @@
+"""silu(g) * u and its gradients, each in one pass over memory.
+
+Between the products of a gated MLP lie a few operations on tensors of its wide inner size. Each reads and writes all of
+it, so their time is that of memory: torch takes five passes for the gradients, here it is one.
+
+    forward     m = silu(g) u                  silu(g) = g sigmoid(g)
+    backward    du = silu(g) dm                dg = dm u silu'(g),  silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g)))
+
+**The same numbers.** Torch computes each step in float32 and rounds it to the dtype. The kernels round where it rounds:
+silu(g) before it is multiplied, and dm u before it is. What is left is the last bit of an exponential in float32, which
+seldom reaches a 16-bit result.
+
+`silu_product` and `silu_product_gradients` choose: the kernels on GPUs that have Triton, the operations of torch, which
+are their definition, anywhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ..ranks import log_once
+
+
+def silu_product(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Return m = silu(g) u for g and u of one shape, contiguous."""
+    kernels = _find_kernels(g.device) if g.is_cuda else None
+    return kernels.silu_product(g, u) if kernels else silu_product_in_parts(g, u)
+
+
+def silu_product_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dg and du for dm of the same shape, whose memory du takes."""
+    kernels = _find_kernels(g.device) if g.is_cuda else None
+    return kernels.silu_product_gradients(dm, g, u) if kernels else silu_product_gradients_in_parts(dm, g, u)
+
+
+def silu_product_in_parts(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Return what `silu_product` does, by torch's operations."""
+    return nn.functional.silu(g).mul_(u)
+
+
+def silu_product_gradients_in_parts(
+    dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `silu_product_gradients` does, by torch's operations."""
+    dg = torch.ops.aten.silu_backward(dm * u, g)
+    return dg, dm.mul_(nn.functional.silu(g))
+
+
+@functools.cache
+def _find_kernels(device: torch.device) -> ModuleType | None:
+    """Return the kernels if they run on this device and give torch's numbers there; it is tried here."""
+    try:
+        from . import silu_product_triton as kernels
+
+        g = torch.linspace(-20, 20, 3001, device=device)
+        u, dm = g.flip(0), g.roll(1000)
+        mine = kernels.silu_product(g, u), *kernels.silu_product_gradients(dm.clone(), g, u)
+        theirs = silu_product_in_parts(g, u), *silu_product_gradients_in_parts(dm.clone(), g, u)
+        # An exponential, a division and some products, each exact to two units in the last place; dg may cancel.
+        bounds = [16 * torch.finfo(g.dtype).eps * (number.abs() + (dm * u).abs()) for number in theirs]
+        if all(((a - b).abs() <= bound).all() for a, b, bound in zip(mine, theirs, bounds, strict=True)):
+            return kernels
+        problem = "its numbers are not those of torch on this device"
+    except Exception as error:  # no triton, no C compiler for what it generates, a device it does not know
+        problem = f"{type(error).__name__}: {error}"
+    log_once("SwiGLU takes several passes over memory instead of one. %s", problem)
+    return None
