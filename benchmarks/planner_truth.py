@@ -5,8 +5,8 @@ One pair of processes trains many configurations one after the other, each with 
 by phase, seconds, and what lies outside of torch's allocator. A configuration that runs out of memory ends the
 processes; it is written down as such, and new ones go on with the next.
 
-    python -m benchmarks.planner_truth --out truth.jsonl --minutes 5
-    python -m benchmarks.planner_truth --measured truth.jsonl --results benchmarks/results.csv
+    python benchmarks/planner_truth.py --out truth.jsonl --minutes 5
+    python benchmarks/planner_truth.py --measured truth.jsonl --results benchmarks/results.csv
 
 Of some configurations a picture is taken as well: every allocation that is alive at the peak of a steady step, summed
 by the code that asked for it, against which the planner's causes can be held one by one.
@@ -34,7 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.offload import COLUMNS, GIB, LLAMA, SHAPES
+from offload import LLAMA, SHAPES
+from promises import COLUMNS, GIB
+
 from hf_qlora_fsdp import rehearsal
 from hf_qlora_fsdp.launch import is_worker, run_workers
 
@@ -182,13 +184,13 @@ def measure(options: argparse.Namespace) -> None:
     deadline = time.time() + options.minutes * 60
     out = options.out.absolute()
     out.write_text("")
-    os.chdir(Path(__file__).parent.parent)  # where `-m benchmarks.planner_truth` is found
+    os.chdir(Path(__file__).parent)  # where `-m planner_truth` is found
     wanted = options.only.split(",") if options.only else list(CONFIGURATIONS)
     groups = [[name for name in wanted if CONFIGURATIONS[name].ranks == ranks and name != "405b"] for ranks in (2, 1)]
     for group in [*groups, [name for name in wanted if name == "405b"]]:
         while group and time.time() + START_SECONDS + CONFIGURATIONS[group[0]].seconds < deadline:
             handed_on = json.dumps({"names": group, "out": str(out), "deadline": deadline, "tiny": options.tiny})
-            codes = run_workers("benchmarks.planner_truth", [handed_on], CONFIGURATIONS[group[0]].ranks)
+            codes = run_workers("planner_truth", [handed_on], CONFIGURATIONS[group[0]].ranks)
             done = [line["name"] for line in read_lines(out)]
             if codes and not set(group) - set(done):
                 break
@@ -428,7 +430,7 @@ def record(lines: list[dict[str, Any]], results: Path) -> None:
                         "claim": f"planner {line['name']}: {claim}",
                         "value": f"{value:.5g}",
                         "unit": unit,
-                        "command": f"python -m benchmarks.planner_truth --only {line['name']}",
+                        "command": f"python benchmarks/planner_truth.py --only {line['name']}",
                         "hardware": f"{line['world_size']}x {line['device']}",
                         "versions": " ".join(f"{name}=={version}" for name, version in line["versions"].items()),
                     }
