@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .demo import add_arguments as add_demo_arguments
+from .doctor import add_arguments as add_doctor_arguments
 from .rehearsal import add_arguments as add_rehearsal_arguments
 
 WHICH_BASE = """\
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_rehearse(commands)
     _add_merge(commands)
     _add_check(commands)
+    _add_doctor(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -169,6 +171,24 @@ def _run_check(args: argparse.Namespace) -> int:
     report = check_adapter(args.folder)
     print(report)
     return 0 if report.ok else 1
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="see whether runs will work on this machine, and what to do if not",
+        description="Examine libraries, GPUs, links, memory, disks and environment, and train a tiny model for one "
+        "step over two processes, compared with one. Says for each finding why it matters and what to do. Exits with 0 "
+        "if runs will work, with 1 otherwise.",
+    )
+    add_doctor_arguments(doctor)
+    doctor.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    from .doctor import launch
+
+    return launch(args)
 
 
 def _version() -> str:

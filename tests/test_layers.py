@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 
 # From the bottom up. A folder is one module: what is inside it may import what else is inside it.
 LAYERS = [
-    {"errors", "host", "units", "orders"},
+    {"errors", "findings", "host", "units", "orders"},
     {"ranks"},
     {"kernels"},
     {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
@@ -37,6 +37,8 @@ LAYERS = [
     {"launch", "trainer"},
     {"matmul_share", "memory_cap", "memory_trace", "rehearsal_plot", "shortage"},
     {"rehearsal_ranks", "rehearsal_report"},
+    {"environment_checks", "gpu_checks", "host_checks", "live_test", "software_checks"},
+    {"examination"},
     {"doctor", "demo", "rehearsal"},
     {"cli"},
 ]
