@@ -157,6 +157,14 @@ class QLoRAFSDPConfig(SFTConfig):
         },
     )
 
+    checkpoint_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "With `gradient_checkpointing`: how many decoder layers are computed twice, a number or 'auto' for "
+            "as many as memory demands, measured in the first two steps. If not set, all of them. With a number or "
+            "'auto', a step that runs out of memory is done again with more of them."
+        },
+    )
     fuse_lora: bool = field(
         default=True,
         metadata={
@@ -180,6 +188,7 @@ class QLoRAFSDPConfig(SFTConfig):
         self._take_over(translate_fsdp(self.fsdp, self.fsdp_config))
         self._take_over(translate_environment(os.environ), from_launcher=True)
         self._settle_offload()
+        self._settle_checkpointing()
         self._settle_precision()
         refuse_unsupported(self.__dict__, os.environ)
         self._join_ranks(self._choose_device_type())
@@ -350,6 +359,39 @@ class QLoRAFSDPConfig(SFTConfig):
                 "Name the folder, cpu_offload_dir=PATH.",
             )
         self.cpu_offload = self.cpu_offload or self.cpu_offload_layers is not None or self.cpu_offload_dir is not None
+
+    def _settle_checkpointing(self) -> None:
+        """Read `checkpoint_layers`, and refuse what says otherwise how layers are computed twice."""
+        wanted: Any = self.checkpoint_layers
+        if wanted is None:
+            return
+        if wanted != "auto":
+            try:
+                wanted = int(wanted)
+            except (TypeError, ValueError):
+                wanted = -1
+            if wanted < 0:
+                raise refusal(
+                    f"checkpoint_layers={self.checkpoint_layers!r}",
+                    "it is the number of decoder layers that are computed twice",
+                    'Write 0 or more, "auto" for as many as memory demands, or leave it out for all.',
+                )
+            self.checkpoint_layers = wanted
+        given = f"checkpoint_layers={wanted!r}"
+        if not self.gradient_checkpointing:
+            raise refusal(
+                f"{given} with gradient_checkpointing=False",
+                "without gradient checkpointing no layer is computed twice",
+                "Remove one of them; checkpoint_layers=0 computes none twice until memory runs out.",
+            )
+        if self.activation_offloading:
+            raise refusal(
+                f"{given} with activation_offloading=True",
+                "all that the other layers keep on the device would be copied to the host and back",
+                "Remove one of them.",
+            )
+        if "every_n_layers" in (self.gradient_checkpointing_kwargs or {}):
+            raise refusal(f"{given} and every_n_layers", "both say which layers are computed twice", "Remove one.")
 
     def _settle_precision(self) -> None:
         """Let `param_dtype`, `bf16` and `fp16` say the same."""

@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
@@ -30,6 +31,7 @@ from trl import SFTTrainer
 from . import compat
 from .adapters import initialize_adapter, inject_adapter
 from .anatomy import plan_units
+from .checkpointing import LayerCheckpointing
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
 from .config import QLoRAFSDPConfig
 from .export import check_exportable, save_adapter
@@ -109,6 +111,12 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         check_sharded(self.model, self.sharding_policy)
         if args.fuse_lora:
             fuse_lora(self.model)
+        self.checkpointing: LayerCheckpointing | None = None
+        if args.checkpoint_layers is not None:
+            base, names = base_model(self.model), self.sharding_policy.class_names
+            device = self.accelerator.device
+            self.checkpointing = LayerCheckpointing(self.model, base, args.checkpoint_layers, device, names)
+            self.add_callback(self.checkpointing)
         # What scripts call at their end, on the model instead of the trainer.
         self.model.save_pretrained = functools.partial(_save_pretrained, self.model)
         self.model.merge_and_unload = _refuse_merging
@@ -167,6 +175,13 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             units = plan_units(base_model(self.model), policy.class_names)
             offload = policy.describe_offload(self.accelerator.device.type)
             print(describe(self.model, units, policy.param_dtype, offload, compat.active_patches()), flush=True)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.checkpointing is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self.checkpointing.run(self, super().training_step, inputs, num_items_in_batch)
 
     # -- accelerate --------------------------------------------------------------------------------------------------
 

@@ -490,6 +490,31 @@ def test_offloading_that_means_nothing_is_refused(make, options):
     assert_refused(error, next(iter(options)), "Write" if "cpu_offload_layers" in options else "cpu_offload_dir=PATH")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"checkpoint_layers": "some"},
+        {"checkpoint_layers": -1},
+        {"checkpoint_layers": 4, "gradient_checkpointing": False},
+        {"checkpoint_layers": "auto", "activation_offloading": True},
+        {"checkpoint_layers": "auto", "gradient_checkpointing_kwargs": {"every_n_layers": 2}},
+    ],
+)
+def test_checkpointing_that_contradicts_itself_is_refused(make, options):
+    with pytest.raises(ValueError) as error:
+        make(**options)
+    assert_refused(error, "checkpoint_layers", "Write" if len(options) == 1 else "Remove one")
+
+
+def test_checkpoint_layers_comes_as_text_from_a_command_line(make):
+    assert [make(checkpoint_layers=value).checkpoint_layers for value in ("12", 0, "auto", None)] == [
+        12,
+        0,
+        "auto",
+        None,
+    ]
+
+
 def test_training_on_the_host_needs_a_group_that_serves_it(make, monkeypatch, lines):
     monkeypatch.setattr("hf_qlora_fsdp.config.get_backend_config", lambda: "cuda:nccl")
     assert make().cpu_offload is False
