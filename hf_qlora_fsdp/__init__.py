@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .export import save_adapter as save_adapter
     from .loader import load_quantized_model as load_quantized_model
     from .merging import merge_adapter as merge_adapter
+    from .notebook import notebook_launch as notebook_launch
     from .sharding import shard_model as shard_model
     from .trainer import QLoRAFSDPTrainer as QLoRAFSDPTrainer
 
@@ -22,6 +23,7 @@ _HOME = {
     "check_adapter": "checking",
     "load_quantized_model": "loader",
     "merge_adapter": "merging",
+    "notebook_launch": "notebook",
     "save_adapter": "export",
     "shard_model": "sharding",
 }

@@ -17,6 +17,10 @@ class RankError(RuntimeError):
     """Another rank failed, so that this one cannot go on. The message carries the rank and what it said."""
 
 
+class WorkerError(RuntimeError):
+    """A process that a notebook started failed. The message says which, and the cause is its traceback."""
+
+
 class EmptyAdapterError(RuntimeError):
     """An adapter without a single tensor was about to be written."""
 

@@ -56,6 +56,7 @@ class Check:
 _LIBRARIES: dict[str, tuple[str, ...]] = {
     "packaging": (),
     "psutil": (),
+    "dill": (),
     "torch": (),
     "safetensors": (),
     "transformers": ("torch",),

@@ -14,7 +14,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 
-_SHUTDOWN_SECONDS = 10
+SHUTDOWN_SECONDS = 10
 """How long workers may take to end once they are told to; torch's 30 s are long for one who pressed Ctrl-C."""
 
 
@@ -47,7 +47,7 @@ def run_workers(
         KeyboardInterrupt: This process was interrupted or told to end. No worker is left.
     """
     num_threads = max(1, (os.cpu_count() or 1) // num_processes)
-    defaults = {"OMP_NUM_THREADS": str(num_threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS)}
+    defaults = {"OMP_NUM_THREADS": str(num_threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
     with _environment(defaults | (environment or {})), _signal_handlers_kept():
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -35,6 +35,8 @@ LAYERS = [
     {"continuity"},
     {"merging", "resuming", "checking"},
     {"launch", "trainer"},
+    {"notebook_worker"},
+    {"notebook"},
     {"matmul_share", "memory_cap", "memory_trace", "rehearsal_plot", "shortage"},
     {"rehearsal_ranks", "rehearsal_report"},
     {"environment_checks", "gpu_checks", "host_checks", "live_test", "software_checks"},

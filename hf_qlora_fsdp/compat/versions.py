@@ -37,6 +37,7 @@ class Support:
 LIBRARIES = {
     "packaging": Support(tested=("26.3",)),
     "psutil": Support(),
+    "dill": Support(),
     "torch": Support(">=2.11", ("2.11.0", "2.13.0")),
     "safetensors": Support(tested=("0.8.0",)),
     "transformers": Support(">=5.17,<6", ("5.17.0", "5.23.0")),
