@@ -11,6 +11,7 @@ from typing import Any
 from .demo import add_arguments as add_demo_arguments
 from .doctor import add_arguments as add_doctor_arguments
 from .rehearsal import add_arguments as add_rehearsal_arguments
+from .translation import refusal
 
 WHICH_BASE = """\
 which base:
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_merge(commands)
     _add_check(commands)
     _add_doctor(commands)
+    _add_convert(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -189,6 +191,35 @@ def _run_doctor(args: argparse.Namespace) -> int:
     from .doctor import launch
 
     return launch(args)
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="turn a file of Axolotl, LLaMA-Factory or accelerate into one for train",
+        description="Turn the YAML file of an Axolotl or LLaMA-Factory run with QLoRA, or of accelerate config, into "
+        "one for train --config. Each key is used, or named in a comment with the reason why it makes no difference; "
+        "one that cannot be honoured is an error.",
+    )
+    convert.add_argument("file", metavar="FILE", help="the other program's file")
+    convert.add_argument("-o", "--output", metavar="OUT", help="new file to write (default: print)")
+    convert.set_defaults(run=_run_convert)
+
+
+def _run_convert(args: argparse.Namespace) -> int:
+    from .conversion import convert
+
+    text = convert(args.file).to_yaml()
+    if args.output is None:
+        print(text, end="")
+        return 0
+    try:
+        with open(args.output, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise refusal(f"-o {args.output}", "there is such a file already", "Give the name of a new one.") from error
+    print(f"Written: {args.output}. To train with it: hf-qlora-fsdp train --config {args.output}")
+    return 0
 
 
 def _version() -> str:

@@ -21,7 +21,7 @@ LAYERS = [
     {"kernels"},
     {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
     | {"demo_model", "fsdp_state", "grouping", "quantization", "translation", "watch", "weights"},
-    {"expert_lora", "expert_stacks"},
+    {"alpaca", "conversion", "expert_lora", "expert_stacks", "sharegpt"},
     {"experts"},
     {"adapter_edits", "adapters", "cache_writer", "config", "merge_folder", "planner", "recipes", "staging", "summary"},
     {"expert_recipes"},
