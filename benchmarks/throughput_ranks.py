@@ -309,6 +309,8 @@ def compare_packed(trainer: Any) -> tuple[float, float]:
 def loss_of(trainer: Any, rows: list[dict[str, Any]]) -> float:
     """Return the mean loss of a batch of rows, as the trainer computes it."""
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    if len(rows[0]["input_ids"]) == batch["max_length_q"]:  # one sequence: plain causal attention
+        batch = {name: value for name, value in batch.items() if not name.startswith(("cu_", "max_"))}
     trainer.model.train()
     with trainer.compute_loss_context_manager():
         return trainer.compute_loss(trainer.model, batch).item()

@@ -47,6 +47,7 @@ from .inputs import (
     read_policy,
 )
 from .loader import load_quantized_model
+from .packed_attention import use_packed_attention
 from .ranks import log_once, rank
 from .resuming import ResumableTrainer
 from .sharding import (
@@ -111,6 +112,8 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         check_sharded(self.model, self.sharding_policy)
         if args.fuse_lora:
             fuse_lora(self.model)
+        if self.padding_free:
+            use_packed_attention(base_model(self.model))
         self.checkpointing: LayerCheckpointing | None = None
         if args.checkpoint_layers is not None:
             base, names = base_model(self.model), self.sharding_policy.class_names
