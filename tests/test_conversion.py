@@ -19,6 +19,7 @@ from hf_qlora_fsdp.conversion import accelerate, axolotl_keys, convert, llama_fa
 from hf_qlora_fsdp.conversion.accelerate import read_accelerate
 from hf_qlora_fsdp.conversion.axolotl import read_axolotl
 from hf_qlora_fsdp.conversion.llama_factory import read_llama_factory
+from hf_qlora_fsdp.row_formats import reform_rows
 from hf_qlora_fsdp.sharegpt import to_messages as read_sharegpt
 
 # The public examples of Axolotl 0.18 (commit 067b021c) that fit their model, of LLaMA-Factory and of accelerate, in our
@@ -558,6 +559,25 @@ def test_rows_of_another_form_are_refused(read, row, words):
     with pytest.raises(ValueError) as error:
         read(row)
     assert_three_parts(error.value, words)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_are_reformed_and_nothing_of_the_old_form_is_left(streaming):
+    from datasets import Dataset
+
+    stored = [
+        {"instruction": f"Say {number}.", "input": "", "output": str(number), "text": "all"} for number in range(3)
+    ]
+    rows: Any = Dataset.from_list(stored)
+    reformed = list(reform_rows(rows.to_iterable_dataset() if streaming else rows, "alpaca"))
+    assert reformed == [to_prompt_completion(row) for row in stored]
+    assert list(reform_rows(rows, "alpaca_chat")) == [to_messages(row) for row in stored]
+    turns = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "score": 1.0}]
+    assert list(reform_rows(Dataset.from_list(turns), "sharegpt")) == [read_sharegpt(row) for row in turns]
+    for given, words in (("alpacca", "'alpaca'"), ("sharegpt", "instruction")):
+        with pytest.raises(ValueError) as error:
+            list(reform_rows(rows, given))
+        assert_three_parts(error.value, words)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
