@@ -2,8 +2,12 @@
 
 PEFT names its tensors after modules, `base_model.model.<module>.lora_A.weight`, and says in `adapter_config.json` what
 they mean. Here both are read together, and an `Edit` of `lora_math.py` is planned for each parameter that changes, from
-names and shapes alone. Whatever is no fixed change of a weight (routed, conditional or quantised adapters, adapters on
-fused experts, several at a time) is refused by its name, and so is what does not fit the model.
+names and shapes alone. Whatever is no fixed change of a weight (routed, conditional or quantised adapters, several at a
+time) is refused by its name, and so is what does not fit the model.
+
+Parameters that are adapted for themselves (`target_parameters`), such as stacked experts, are named nowhere: PEFT wraps
+their module once for each, so that `experts.lora_A.weight` belongs to the last of them that the module has, and
+`experts.base_layer.lora_A.weight` to the one before it.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +45,6 @@ _PART = re.compile(
 _INITIALISATIONS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 _NOT_ONE_MATRIX = {
-    "target_parameters": "adapts parameters inside a module, such as fused experts",
     "layer_replication": "repeats decoder layers, so the merged model would have another config",
     "alora_invocation_tokens": "is switched on by tokens of the input",
     "arrow_config": "is one of several that a router chooses from",
@@ -96,7 +99,7 @@ class Adapter:
 
     def trained_names(self) -> list[str]:
         """Return the tensors that training changed: all but the copies that PEFT keeps of targeted embeddings."""
-        return [name for name in self.weights.tensors if ".base_layer." not in name]
+        return [name for name in self.weights.tensors if _is_factor(name) or ".base_layer." not in name]
 
     def plan_edits(self, model: nn.Module, shape_of: Callable[[str], tuple[int, ...]]) -> dict[str, Edit]:
         """Work out what happens to which parameter.
@@ -119,11 +122,13 @@ class Adapter:
             target = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
             _check_place(target in parameters, name, self.source, type(model).__name__)
             edits[target] = Edit(target, shape_of(target), replaced_by=name)
-        for module_name, found in parts.items():
-            target = f"{module_name}.weight"
+        for wrapped, found in parts.items():
+            module_name = wrapped.replace(".base_layer", "")
+            target, is_parameter = self._locate(model, module_name, wrapped, parts)
             _check_place(target in parameters, next(iter(found.values())), self.source, type(model).__name__)
             edit = edits.get(target, Edit(target, shape_of(target)))
-            edits[target] = edit = self._plan_module(module_name, model.get_submodule(module_name), found, edit)
+            plan = self._plan_parameter if is_parameter else self._plan_module
+            edits[target] = edit = plan(module_name, model.get_submodule(module_name), found, edit)
             if "lora_B.bias" in found:
                 target = f"{module_name}.bias"
                 _check_place(target in parameters, found["lora_B.bias"], self.source, type(model).__name__)
@@ -133,12 +138,49 @@ class Adapter:
             self._check_shapes(edit)
         return edits
 
-    def scaling(self, module_name: str) -> tuple[int, float]:
-        """Return rank and scaling of a module, by PEFT's own rule for patterns."""
+    def scaling(self, name: str) -> tuple[int, float]:
+        """Return rank and scaling of a module, or of one of `target_parameters`, by PEFT's own rule for patterns."""
         ranks, alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
-        r = ranks.get(get_pattern_key(ranks, module_name), self.config.r)
-        alpha = alphas.get(get_pattern_key(alphas, module_name), self.config.lora_alpha)
+        r = ranks.get(get_pattern_key(ranks, name), self.config.r)
+        alpha = alphas.get(get_pattern_key(alphas, name), self.config.lora_alpha)
         return r, alpha / (math.sqrt(r) if self.config.use_rslora else r)
+
+    def _locate(self, model: nn.Module, module: str, wrapped: str, parts: Container[str]) -> tuple[str, bool]:
+        """Return what the factors of a wrapper belong to, and whether it is a parameter of `target_parameters`.
+
+        Source:
+            `_inject_parameters` (peft/tuners/tuners_utils.py)
+        """
+        names = [
+            name for name, _ in dict(model.named_modules()).get(module, nn.Module()).named_parameters(recurse=False)
+        ]
+        wanted = tuple(f".{target}" for target in self.config.target_parameters or ())
+        targets = [f"{module}.{name}" for name in names if f".{module}.{name}".endswith(wanted)]
+        if not targets:
+            return f"{module}.weight", False
+        depth = wrapped.count(".base_layer")
+        _check_place(depth < len(targets), f"{wrapped}.lora_A.weight", self.source, type(model).__name__)
+        if any(f"{module}{'.base_layer' * index}" not in parts for index in range(len(targets))):
+            raise ValueError(
+                f"The adapter in {self.source!r} was trained on {targets}, one pair of matrices for each, and some are "
+                "missing, so it is unknown whose the others are. The file is incomplete; take an earlier checkpoint."
+            )
+        return targets[-1 - depth], True
+
+    def _plan_parameter(self, name: str, module: nn.Module, found: dict[str, str], edit: Edit) -> Edit:
+        self._check_pair(name, found, "lora_A", "lora_B")
+        r, scaling = self.scaling(edit.target)
+        edit = replace(edit, left=found["lora_B"], right=found["lora_A"], r=r, scaling=scaling)
+        if len(edit.shape) == 2:
+            return edit
+        return replace(edit, num_experts=edit.shape[0], transposed=bool(getattr(module, "is_transposed", False)))
+
+    def _check_pair(self, name: str, found: dict[str, str], right: str, left: str) -> None:
+        if (right in found) != (left in found) or ("lora_magnitude_vector" in found and left not in found):
+            raise ValueError(
+                f"The adapter in {self.source!r} has {sorted(found.values())} for {name!r}, and one of the two "
+                "matrices is missing, so their product is unknown. The file is incomplete; take an earlier checkpoint."
+            )
 
     def _plan_module(self, name: str, module: nn.Module, found: dict[str, str], edit: Edit) -> Edit:
         if "token_adapter.trainable_tokens_delta" in found:
@@ -146,11 +188,7 @@ class Adapter:
             edit = replace(edit, row_values=found["token_adapter.trainable_tokens_delta"], rows=rows)
         is_embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
         right, left = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
-        if (right in found) != (left in found) or ("lora_magnitude_vector" in found and left not in found):
-            raise ValueError(
-                f"The adapter in {self.source!r} has {sorted(found.values())} for {name!r}, and one of the two "
-                "matrices is missing, so their product is unknown. The file is incomplete; take an earlier checkpoint."
-            )
+        self._check_pair(name, found, right, left)
         if left not in found:
             return edit
         if ("lora_magnitude_vector" in found) != bool(self.config.use_dora):
@@ -161,11 +199,13 @@ class Adapter:
         source_cls = (
             getattr(module, "source_cls", type(module)) if isinstance(module, PackedLinear4bit) else type(module)
         )
+        r, scaling = self.scaling(name)
         return replace(
             edit,
             left=found[left],
             right=found[right],
-            scaling=self.scaling(name)[1],
+            r=r,
+            scaling=scaling,
             magnitude=found.get("lora_magnitude_vector"),
             transposed=is_embedding or issubclass(source_cls, Conv1D),
         )
@@ -180,9 +220,9 @@ class Adapter:
             )
         wanted: dict[str, tuple[int, ...]] = {}
         if edit.left and edit.right:
-            r, _ = self.scaling(edit.target.removesuffix(".weight"))
-            rows, columns = shape[::-1] if edit.transposed else shape
-            wanted = {edit.left: (rows, r), edit.right: (r, columns)}
+            rows, columns = shape[:-3:-1] if edit.transposed else shape[-2:]
+            width = edit.r * (edit.num_experts or 1)
+            wanted = {edit.left: (rows, width), edit.right: (width, columns)}
             wanted |= {edit.magnitude: (rows,)} if edit.magnitude else {}
         if edit.added:
             wanted[edit.added] = shape
@@ -242,12 +282,16 @@ def _token_indices(config: LoraConfig, module_name: str) -> list[int]:
     return list(next((rows for name, rows in indices.items() if f".{module_name}".endswith(f".{name}")), []))
 
 
+def _is_factor(name: str) -> bool:
+    return _PART.match(name.removeprefix(_PREFIX)) is not None
+
+
 def _check_place(found: bool, name: str, source: str, model: str) -> None:
     if not found:
         raise ValueError(
             f"{name!r} of the adapter in {source!r} belongs to no parameter of {model}, so it cannot be merged into "
-            "one. Pass the base that the adapter was trained on; adapters of other PEFT methods or of fused experts "
-            "stay unmerged."
+            "one. Pass the base that the adapter was trained on; adapters of other PEFT methods, or of experts as they "
+            "were before transformers 5 stacked them, stay unmerged."
         )
 
 

@@ -183,17 +183,18 @@ def _check_tensors(adapter: Adapter, report: Report) -> None:
 
 def _check_ranks(adapter: Adapter) -> list[str]:
     wrong = []
-    targets = getattr(adapter.config, "target_parameters", None) or ()
-    experts = tuple(target.rpartition(".")[0] for target in targets)  # their factors lie side by side: r of each expert
+    targets = adapter.config.target_parameters or ()
     for name, stored in adapter.weights.tensors.items():
         match = re.match(
             r"^base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_embedding_A|lora_B\.weight)$", name
         )
         if match and len(stored.shape) == 2:
+            module = match["module"].replace(".base_layer", "")
+            leaves = [leaf for path, _, leaf in (target.rpartition(".") for target in targets) if module.endswith(path)]
             r, _ = adapter.scaling(match["module"])
             found = stored.shape[1 if match["part"].startswith("lora_B") else 0]
-            of_experts = bool(experts) and match["module"].removesuffix(".base_layer").endswith(experts)
-            if found % r if of_experts else found != r:
+            # Factors of experts lie side by side, as many as there are; which parameter's they are, the model knows.
+            if all(found % adapter.scaling(f"{module}.{leaf}")[0] for leaf in leaves) if leaves else found != r:
                 wrong.append(f"{name} {list(stored.shape)}, r={r}")
     if not wrong:
         return []

@@ -3,7 +3,8 @@
 Checkpoints hold experts in two forms: each matrix for itself, as models had them (`experts.0.w1.weight`, ...), or all
 of a projection in one tensor, as transformers 5 has them. Upstream makes one of the other by stacking whole layers: the
 experts of a Mixtral-8x7B layer are 2.6 GiB in 16 bits. What it does to all of them it can do to one, so its own
-conversion is applied here to the tensors of one expert after the other, and its result is packed at once.
+conversion is applied here to the tensors of one expert after the other, and its result is packed at once. The other way
+round, a merge asks which part of a stack each stored tensor is (`find_parts`).
 
 Experts that were quantised each for itself, by bitsandbytes in the days of the old form, keep their bytes. A projection
 that was quantised as one tensor is refused: its experts share an offset and second-level scales.
@@ -12,13 +13,16 @@ that was quantised as one tensor is refused: its experts share an offset and sec
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
 from bitsandbytes.functional import QuantState
+from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from .expert_stacks import insert_piece
 from .experts import Experts4bit
+from .lora_math import Part
 from .packing import pack
 from .recipes import Recipe
 from .weights import Weights
@@ -99,6 +103,39 @@ def check_stack(recipe: Recipe, weights: Weights, experts: Experts4bit, leaf: st
                 f"of {layout.num_pieces} matrices, each {piece} ({piece.codes_bytes:,} and {piece.absmax_bytes:,} "
                 "bytes). Load the 16-bit checkpoint instead; it is quantised while it is read."
             )
+
+
+def find_parts(recipe: Recipe, weights: Weights, shape: tuple[int, ...]) -> dict[str, Part] | None:
+    """Return which part of a stack `[E, N, K]` each stored tensor is, if each of them is the rows of one expert.
+
+    Args:
+        recipe (`Recipe`): The stack's, with a conversion.
+        weights (`Weights`): The checkpoint.
+        shape (`tuple[int, ...]`): Of the stack.
+    """
+    assert recipe.converter is not None
+    steps = [(type(step), getattr(step, "dim", None)) for step in recipe.converter.operations]
+    if len(shape) != 3 or steps not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        return None
+    parts: dict[str, Part] = {}
+    start = 0
+    for pattern in recipe.converter.source_patterns:
+        names = recipe.sources.get(pattern, [])
+        if len(names) != shape[0]:
+            return None
+        # Of a tensor in 4 bits, only the number of weights is known.
+        heights = {_num_weights(name, recipe, weights) // shape[2] for name in names}
+        if len(heights) != 1:
+            return None
+        (height,) = heights
+        parts |= {name: Part(expert, start, start + height) for expert, name in enumerate(names)}
+        start += height
+    return parts if start == shape[1] else None
+
+
+def _num_weights(name: str, recipe: Recipe, weights: Weights) -> int:
+    num_weights = math.prod(weights.tensors[name].shape)
+    return weights.tensors[name].num_bytes * 2 if name in recipe.quant_states else num_weights
 
 
 def _read_experts(recipe: Recipe, weights: Weights, shape: tuple[int, int, int]) -> Iterator[torch.Tensor]:

@@ -1,32 +1,40 @@
 """What a merge will do with each stored tensor, worked out before the first byte is read or written.
 
 A checkpoint has names of its own, and an adapter speaks of the parameters of the model; `recipes.py` knows which is
-which. A `Slot` joins the two: a stored tensor, the parameter that it is, the `Edit` that the adapter makes of it, and
-the 4-bit layer that it is quantised for, if the merge has to do with 4 bits at all.
+which. A `Slot` joins the two: a stored tensor, the parameter that it is, or which part of it, the `Edit` that the
+adapter makes of it, and the layout in which it is quantised, if the merge has to do with 4 bits at all.
 
-A parameter that transformers makes of several stored tensors (stacked experts, for one) passes through untouched, name
-by name. If it would have to change, the merge is refused.
+Experts are one parameter a projection, and are stored as one tensor or, expert by expert, as many: either way they are
+merged expert by expert, and written in the form that they were found in. Any other parameter that transformers makes of
+several stored tensors passes through untouched, name by name. If it would have to change, the merge is refused.
+
+**Experts in 4 bits.** In training with this package they were rounded like every linear layer, which is what an adapter
+with a `base_quantization.json` says. Elsewhere they were not, since bitsandbytes leaves stacked experts alone. Nor can
+transformers read them in 4 bits: a 4-bit output has them in 16, unless the base had them in 4.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .adapter_edits import Adapter
 from .anatomy import build_meta_model, is_tied, keep_in_float32
-from .blueprint import pack_linear_layers
-from .lora_math import Edit, same_effect
-from .packing import PackedLinear4bit
+from .blueprint import pack_expert_layers, pack_linear_layers
+from .expert_recipes import check_stack, find_parts
+from .lora_math import Edit, Part, same_effect
+from .packing import PackedLayout, PackedLinear4bit
 from .quantization import FIELDS, QUANTIZATION_FILE
 from .ranks import log_once
-from .recipes import Recipe, logical_shape, plan_recipes
+from .recipes import Recipe, logical_shape, plan_recipes, stacked_experts
 from .shards import read_dtypes
 from .weights import Weights
 
@@ -63,16 +71,27 @@ class Slot:
         target (`str`): The parameter that it is.
         dtype (`torch.dtype`): Dtype of what is written.
         edit (`Edit`, *optional*): What the adapter does to it.
-        layer (`PackedLinear4bit`, *optional*): The layer that it is quantised for, in training or in the output.
+        layout (`PackedLayout`, *optional*): How it, or each piece of it, is quantised, in training or in the output.
+        turned (`bool`): Whether it is stored as the transpose of what is quantised, as those of Conv1D are.
         scales (`dict[str, str]`): Stored scales, by role, of a base in 4 bits.
+        part (`Part`, *optional*): Which part of the parameter it is.
+        is_stack (`bool`): Whether it is that of all experts, which are then merged one after the other.
     """
 
     source: str
     target: str
     dtype: torch.dtype
     edit: Edit | None = None
-    layer: PackedLinear4bit | None = None
+    layout: PackedLayout | None = None
+    turned: bool = False
     scales: dict[str, str] = field(default_factory=dict)
+    part: Part | None = None
+    is_stack: bool = False
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is of experts."""
+        return self.is_stack or self.part is not None
 
 
 class MergePlan:
@@ -110,6 +129,7 @@ class MergePlan:
             self.dtypes |= read_dtypes(file)
         self._float32_parts = keep_in_float32(self.model, options.dtype) if options.dtype else []
         self.scales = {name for recipe in recipes for name in recipe.quant_state.values()}
+        self.scales |= {name for recipe in recipes for state in recipe.quant_states.values() for name in state.values()}
         self.slots = {name: slot for recipe in recipes for name, slot in self._plan_slots(recipe, edits)}
 
     def files(self) -> dict[str, list[str]]:
@@ -128,6 +148,10 @@ class MergePlan:
             return model
         compute_dtype = self.options.compute_dtype
         quantizer = pack_linear_layers(model, self.quantization, self.pre_quantized, compute_dtype, torch.uint8)
+        # Experts of a kind that cannot be packed were not, here or elsewhere.
+        with contextlib.suppress(ValueError):
+            skipped = quantizer.modules_to_not_convert
+            pack_expert_layers(model, self.quantization, skipped, compute_dtype, torch.uint8)
         if not self.pre_quantized:
             skipped = self.quantization.llm_int8_skip_modules = sorted(set(quantizer.modules_to_not_convert))
             recorded = self.adapter.quantization.get("skip_modules", skipped)
@@ -171,9 +195,12 @@ class MergePlan:
         return untied
 
     def _plan_slots(self, recipe: Recipe, edits: dict[str, Edit]) -> Iterator[tuple[str, Slot]]:
-        layers = {target: self._layer(target) for target in recipe.targets}
         if recipe.converter is not None:
-            touched = next((target for target in recipe.targets if target in edits or layers[target]), None)
+            parts = find_parts(recipe, self.weights, logical_shape(self.model, recipe.targets[0]))
+            if parts and len(recipe.targets) == 1:
+                yield from self._plan_experts(recipe, parts, edits.get(recipe.targets[0]))
+                return
+            touched = next((target for target in recipe.targets if target in edits or self._layer(target)), None)
             if touched:
                 raise ValueError(
                     f"{touched!r} is made of {len(recipe.stored_names)} stored tensors ({recipe.stored_names[0]!r}, "
@@ -184,7 +211,11 @@ class MergePlan:
             return
         (target,) = recipe.targets
         (stored,) = next(iter(recipe.sources.values()))
-        layer, scales = layers[target], recipe.quant_state
+        if stacked_experts(self.model, target) or (target in edits and edits[target].num_experts):
+            yield from self._plan_experts(recipe, {stored: None}, edits.get(target))
+            return
+        layer, scales = self._layer(target), recipe.quant_state
+        layout, turned = (layer.layout, layer.source_cls is Conv1D) if layer else (None, False)
         twins = [name for name, source in self.model.all_tied_weights_keys.items() if source == target]
         split = [name for name in twins if name in self.untied]
         # A tied weight may be stored under the name of either of the two, or of both.
@@ -197,7 +228,30 @@ class MergePlan:
         for name, parameter in names.items():
             source = name if name in self.weights.tensors else stored
             dtype = self._dtype(source, parameter, scales)
-            yield name, Slot(source, parameter, dtype, edits.get(parameter), layer, scales)
+            yield name, Slot(source, parameter, dtype, edits.get(parameter), layout, turned, scales)
+
+    def _plan_experts(
+        self, recipe: Recipe, parts: Mapping[str, Part | None], edit: Edit | None
+    ) -> Iterator[tuple[str, Slot]]:
+        """Plan the tensors that a stack of experts is made of, or the one that it is."""
+        (target,) = recipe.targets
+        experts, layout = stacked_experts(self.model, target), None
+        if experts and recipe.quant_states:
+            check_stack(recipe, self.weights, experts, target.rpartition(".")[2])
+        if experts and (recipe.quant_states or (self.options.trained and self.adapter.quantization)):
+            layout = experts.layouts[target.rpartition(".")[2]].piece
+        elif experts and self.options.trained:
+            log_once(
+                "Nothing says that experts were in 4 bits in training: they are left in 16, as by bitsandbytes. "
+                "Adapters of this package say it in %s.",
+                QUANTIZATION_FILE,
+            )
+        if self.options.save_4bit and not recipe.quant_states:
+            log_once("Experts are written in 16 bits: transformers cannot read them in 4 where it stacks them.")
+        for name, part in parts.items():
+            scales = recipe.quant_states.get(name, {})
+            dtype = self._dtype(name, target, scales)
+            yield name, Slot(name, target, dtype, edit, layout, scales=scales, part=part, is_stack=part is None)
 
     def _layer(self, target: str) -> PackedLinear4bit | None:
         path, _, leaf = target.rpartition(".")

@@ -10,7 +10,8 @@ tensors pass by one at a time and are written as they come (`shards.py`), so in 
 
     one tensor as it is stored + the same as it is written + blocks of 16 MiB + the matrices A and B of one layer
 
-and never a shard, let alone the model. Tensors that nothing happens to keep their bytes.
+and never a shard, let alone the model. Of experts that are stored in one tensor, only that of the output is whole, and
+those of the base come one at a time. Tensors that nothing happens to keep their bytes.
 
 **Which base?** QLoRA trains an adapter against weights that were rounded to 4 bits. Two bases are therefore right, each
 in its own way:
@@ -28,6 +29,7 @@ unties them: both are written, and the config says so.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -39,12 +41,11 @@ import torch
 from bitsandbytes.functional import QuantState, quantize_4bit
 from tqdm.auto import tqdm
 from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from .adapter_edits import Adapter
-from .lora_math import apply_edit
+from .lora_math import Part, apply_edit
 from .merge_folder import ADAPTER_HUB, MergeFolder, fingerprint_checkpoint, hash_files
 from .merge_plan import MergeOptions, MergePlan, Slot, read_stored_quantization
 from .packing import PackedLayout, dequantize, pack, quantize
@@ -144,6 +145,8 @@ class _Stream:
     def __init__(self, plan: MergePlan, device: torch.device) -> None:
         self.plan, self.weights, self.options = plan, plan.weights, plan.options
         self.device = device
+        # The factors of all experts of a layer lie together, gate and up's and down's, and each tensor needs some.
+        self._read_factor = functools.lru_cache(maxsize=4)(plan.adapter.read)
         # Stored scales go into the weight that is made with them, unless its codes are written as they are.
         kept = {name for slot in plan.slots.values() if self._keeps_codes(slot) for name in slot.scales.values()}
         self.consumed_scales = plan.scales - kept
@@ -175,6 +178,7 @@ class _Stream:
             for name in ordered:
                 for written, tensor in self._make(name):
                     writer.add(written, tensor)
+                    del tensor  # or it would be there until the next one is made
                 bar.update(self._num_bytes(name))
 
     def _position(self, name: str) -> tuple[int, int]:
@@ -193,7 +197,9 @@ class _Stream:
     def _is_quantized(self, name: str) -> bool:
         """Return whether the merge quantises this tensor."""
         slot = self.plan.slots.get(name)
-        return bool(slot and slot.layer and self.options.save_4bit and not self._keeps_codes(slot))
+        if slot is None or slot.layout is None or self._keeps_codes(slot):
+            return False
+        return self.options.save_4bit and (not slot.is_expert or bool(slot.scales))
 
     def _keeps_codes(self, slot: Slot) -> bool:
         """Return whether a tensor that is stored in 4 bits is written as it is."""
@@ -209,42 +215,59 @@ class _Stream:
         elif self._keeps_codes(slot):
             yield name, self.weights.read(name)
         elif self._is_quantized(name):
-            assert slot.layer is not None
+            assert slot.layout is not None
             # Untouched, a weight keeps the codes that it had in training: they are made of the original once more.
             merged = self._merge(slot) if slot.edit else self.weights.read(slot.source)
             merged = merged.to(self.device, slot.dtype if slot.edit else self.options.compute_dtype)
-            yield from _quantize(name, _oriented(merged, slot), slot.layer.layout)
+            yield from _quantize(name, _oriented(merged, slot), slot.layout)
         else:
             yield name, self._merge(slot)
 
     def _merge(self, slot: Slot) -> torch.Tensor:
+        if not slot.is_stack:
+            return self._merge_part(slot, slot.part)
+        shape = self.weights.tensors[slot.source].shape
+        merged = torch.empty(shape, dtype=slot.dtype)
+        for expert in range(shape[0]):
+            merged[expert] = self._merge_part(slot, Part(expert))
+        return merged
+
+    def _merge_part(self, slot: Slot, part: Part | None) -> torch.Tensor:
+        """Merge a tensor, or of a stack the matrix of one expert."""
         replaced = slot.edit is not None and slot.edit.replaced_by is not None
-        base = None if replaced else self._read_base(slot)
+        base = None if replaced else self._read_base(slot, part)
         if slot.edit is None:
             assert base is not None
             return base.to(slot.dtype)
-        return apply_edit(slot.edit, base, self.plan.adapter.read, slot.dtype, self.device)
+        read = self._read_factor if slot.edit.num_experts else self.plan.adapter.read
+        return apply_edit(slot.edit, base, read, slot.dtype, self.device, part)
 
-    def _read_base(self, slot: Slot) -> torch.Tensor:
+    def _read_base(self, slot: Slot, part: Part | None) -> torch.Tensor:
         """Return the weight that the adapter's changes are added to: as stored, or rounded to 4 bits and back."""
-        stored = self.weights.read(slot.source)
-        if slot.layer is None or not self.options.trained:
+        if slot.is_stack and part is not None:
+            stored = self.weights.read_row(slot.source, part.expert)
+        else:
+            stored = self.weights.read(slot.source)
+        if slot.layout is None or not self.options.trained:
             return stored
         compute_dtype = self.options.compute_dtype
         if slot.scales:
             scales = {role: self.weights.read(name) for role, name in slot.scales.items()}
             state = QuantState.from_dict(scales, device=self.device)
-            layout = PackedLayout(slot.layer.layout.shape, state.quant_type, state.nested, state.blocksize)
+            layout = PackedLayout(slot.layout.shape, state.quant_type, state.nested, state.blocksize)
             packed = pack(stored.to(self.device), state, layout, torch.uint8)
-        else:
-            layout = slot.layer.layout
-            packed = quantize(_oriented(stored.to(self.device, compute_dtype), slot), layout, torch.uint8)
-        return _oriented(dequantize(packed, layout, compute_dtype), slot).cpu()
+            return _oriented(dequantize(packed, layout, compute_dtype), slot).cpu()
+        weight = _oriented(stored.to(self.device, compute_dtype), slot)
+        pieces = [  # of an expert's gate and up in one, each was quantised for itself
+            dequantize(quantize(piece, slot.layout, torch.uint8), slot.layout, compute_dtype)
+            for piece in weight.reshape(-1, *slot.layout.shape)
+        ]
+        return _oriented(torch.cat(pieces), slot).cpu()
 
 
 def _oriented(weight: torch.Tensor, slot: Slot) -> torch.Tensor:
     """Turn a weight of Conv1D, which is stored as `[K, N]` and quantised as `[N, K]`, there or back."""
-    return weight.t() if slot.layer is not None and slot.layer.source_cls is Conv1D else weight
+    return weight.t() if slot.turned else weight
 
 
 def _quantize(name: str, weight: torch.Tensor, layout: PackedLayout) -> Iterator[tuple[str, torch.Tensor]]:

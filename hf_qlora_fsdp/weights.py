@@ -101,11 +101,18 @@ class Weights:
     def read_row(self, name: str, index: int) -> torch.Tensor:
         """Read what a tensor has at one index of its first dimension."""
         stored = self.tensors[name]
-        with safe_open(stored.file, framework="pt") as handle:
-            # What a slice is cut from is the mapping of the whole file, so it is copied out.
-            row = handle.get_slice(name)[index : index + 1][0].clone()
-        self.bytes_read += stored.num_bytes // stored.shape[0]
-        return row
+        num_bytes = stored.num_bytes // stored.shape[0]
+        row = torch.empty(num_bytes, dtype=torch.uint8)
+        with open(stored.file, "rb", buffering=0) as stream:  # safetensors would map the whole file for a slice
+            stream.seek(stored.offset + index * num_bytes)
+            num_read = 0
+            while num_read < num_bytes:
+                got = stream.readinto(row.numpy().data[num_read:])
+                if not got:
+                    raise OSError(f"{stored.file!r} has become shorter while it was read")
+                num_read += got
+        self.bytes_read += num_bytes
+        return row.view(DTYPES[stored.dtype]).reshape(stored.shape[1:])
 
     @contextlib.contextmanager
     def reading_ahead(self, names: Iterable[str], budget_bytes: int, check: BlockCheck | None = None) -> Iterator[None]:

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from hf_qlora_fsdp import merge_adapter
+from hf_qlora_fsdp.checking import check_adapter
 from hf_qlora_fsdp.experts import PROJECTIONS, fused_experts, pack_experts
 from tests import training
 from tests.distributed import RankPool
@@ -107,3 +110,18 @@ def test_stock_peft_loads_what_was_trained(trained: training.Run, folder: str, o
     assert loaded.keys() == trained.adapter.keys()
     for name, value in trained.adapter.items():
         assert torch.equal(loaded[name].float(), value), name
+
+
+@torch.no_grad()
+def test_merged_onto_what_was_trained_against(trained: training.Run, folder: str, out: str, tmp_path: Path) -> None:
+    """The trained model, its experts in 4 bits, and the merged one, which has none, answer alike."""
+    assert check_adapter(f"{out}/checkpoint-10").ok, check_adapter(f"{out}/checkpoint-10")
+    output = merge_adapter(folder, out, tmp_path / "merged", base_weights="trained", progress=False)
+    ids = torch.arange(5, 25)[None]
+    # In evaluation, bitsandbytes multiplies in bfloat16 on some CPUs.
+    expected = PeftModel.from_pretrained(dequantized_model(folder), out).train()(input_ids=ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()(input_ids=ids).logits
+    # Both round in float32, a few hundred products deep in each of two layers.
+    assert (merged - expected).abs().max() < 1e-4 * expected.abs().max()
+    base = dequantized_model(folder).train()(input_ids=ids).logits
+    assert (base - expected).abs().max() > 0.1 * expected.abs().max()
