@@ -14,6 +14,8 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 
+from . import ranks
+
 SHUTDOWN_SECONDS = 10
 """How long workers may take to end once they are told to; torch's 30 s are long for one who pressed Ctrl-C."""
 
@@ -27,7 +29,7 @@ def default_num_processes() -> int:
 
 def is_worker() -> bool:
     """Return whether a launcher started this process."""
-    return "LOCAL_RANK" in os.environ
+    return ranks.is_launched()
 
 
 def run_workers(

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
+from . import slurm
 from .errors import RankError
 
 logger = logging.getLogger("hf_qlora_fsdp")
@@ -26,19 +27,29 @@ def rank() -> int:
     """Return this process's rank, 0 before any process group exists."""
     import torch.distributed as dist
 
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else int(_place().get("RANK", 0))
 
 
 def world_size() -> int:
     """Return the number of processes, 1 before any process group exists."""
     import torch.distributed as dist
 
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else int(_place().get("WORLD_SIZE", 1))
 
 
 def local_world_size() -> int:
     """Return the number of processes on this node, as the launcher says (`LOCAL_WORLD_SIZE`)."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return int(_place().get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def is_launched() -> bool:
+    """Return whether a launcher started this process: torchrun, `accelerate launch`, or srun with several tasks."""
+    return "LOCAL_RANK" in _place()
+
+
+def _place() -> Mapping[str, str]:
+    """Return the environment, with what srun says in the words of the other launchers."""
+    return slurm.read_step(os.environ) or os.environ
 
 
 def log_once(message: str, *args: object, level: int = logging.WARNING) -> None:
@@ -52,7 +63,7 @@ def log_once(message: str, *args: object, level: int = logging.WARNING) -> None:
 
 
 def join_process_group(device_type: str, timeout_seconds: float | None = None) -> None:
-    """Join the process group of the launcher, or found a group of one where there is no launcher.
+    """Join the process group of the launcher (srun is one too), or found a group of one where there is no launcher.
 
     The group serves both kinds of device (`cuda:nccl,cpu:gloo`): clipping and saving reduce tensors that live on the
     CPU whenever anything is offloaded, and NCCL alone then fails with "No backend type associated with device type
@@ -63,17 +74,18 @@ def join_process_group(device_type: str, timeout_seconds: float | None = None) -
         timeout_seconds (`float`, *optional*): How long a collective waits for the other ranks (`ddp_timeout`). Defaults
             to the backend's. A group that already exists keeps its own.
     """
-    import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
         return
+    adopted = slurm.read_step(os.environ)
+    os.environ.update(adopted)
     alone = "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1
     if alone:
         # accelerate decides by these variables whether a run is distributed at all.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        _choose_card(srun=bool(adopted))
     backend = "cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo"
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     if alone:
@@ -81,6 +93,22 @@ def join_process_group(device_type: str, timeout_seconds: float | None = None) -
         log_once("No launcher found: training in this one process. For all GPUs: torchrun --nproc_per_node N script.py")
     else:
         dist.init_process_group(backend, timeout=timeout)
+
+
+def _choose_card(srun: bool) -> None:
+    """Make this rank's card the current one: the one of its local rank, or the only one that it sees."""
+    import torch
+
+    num_cards = torch.cuda.device_count()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if num_cards > 1 else 0)
+    if srun and local_world_size() < num_cards:
+        log_once(
+            "srun started %d task(s) on this node, which sees %d cards: the others are not used. For all of them: "
+            "srun --ntasks-per-node %d",
+            local_world_size(),
+            num_cards,
+            num_cards,
+        )
 
 
 def collective_device() -> str:

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 
 # From the bottom up. A folder is one module: what is inside it may import what else is inside it.
 LAYERS = [
-    {"errors", "findings", "host", "units", "orders"},
+    {"errors", "findings", "host", "units", "orders", "slurm"},
     {"ranks"},
     {"kernels"},
     {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
