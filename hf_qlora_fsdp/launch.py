@@ -13,8 +13,14 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import psutil
 
 from . import ranks
+
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""What torch's agent ends its workers for, by default."""
 
 SHUTDOWN_SECONDS = 10
 """How long workers may take to end once they are told to; torch's 30 s are long for one who pressed Ctrl-C."""
@@ -33,7 +39,11 @@ def is_worker() -> bool:
 
 
 def run_workers(
-    module: str, arguments: Sequence[str], num_processes: int, environment: dict[str, str] | None = None
+    module: str,
+    arguments: Sequence[str],
+    num_processes: int,
+    environment: dict[str, str] | None = None,
+    handed_on: Sequence[signal.Signals] = (),
 ) -> dict[int, int]:
     """Run `python -m module arguments...` in several processes on this machine, and wait for them.
 
@@ -42,6 +52,8 @@ def run_workers(
         arguments (`Sequence[str]`): Its arguments.
         num_processes (`int`): How many; the CPU cores are divided among them.
         environment (`dict[str, str]`, *optional*): Variables for them, where the user has not set them.
+        handed_on (`Sequence[signal.Signals]`): Signals to this process that are theirs to answer, in their own time:
+            they get them, and nothing else happens. Before they are started, such a signal ends the run.
     Returns:
         `dict[int, int]`: Exit codes of the workers that failed, by rank; minus the number of the signal that killed
             one. Empty if all went well.
@@ -50,7 +62,7 @@ def run_workers(
     """
     num_threads = max(1, (os.cpu_count() or 1) // num_processes)
     defaults = {"OMP_NUM_THREADS": str(num_threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
-    with _environment(defaults | (environment or {})), _signal_handlers_kept():
+    with _environment(defaults | (environment or {})), _signal_handlers_kept(handed_on):
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -63,7 +75,10 @@ def run_workers(
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",  # any free port
             max_restarts=0,
+            signals_to_handle=",".join(number.name for number in _ENDING if number not in handed_on),
         )
+        for number in handed_on:
+            signal.signal(number, _hand_on)
         try:
             elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
         except ChildFailedError as error:
@@ -87,10 +102,22 @@ def _environment(defaults: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def _hand_on(number: int, frame: FrameType | None) -> None:
+    """Send a signal on to the workers."""
+    workers = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # ended meanwhile
+            if "LOCAL_RANK" in child.environ():
+                workers.append(child)
+                child.send_signal(number)
+    if not workers:
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Put back the handlers that torch's agent replaces with its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def _signal_handlers_kept(others: Sequence[signal.Signals] = ()) -> Iterator[None]:
+    """Put back the handlers that torch's agent replaces with its own, and others."""
+    before = {number: signal.getsignal(number) for number in (*_ENDING, *others)}
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_qlora_fsdp.launch import run_workers
+from hf_qlora_fsdp.launch import _hand_on, run_workers
 
 WORKER = """
 import os, signal, sys, time
@@ -22,6 +22,9 @@ names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "FRO
 (folder / f"rank-{rank}").write_text(" ".join([str(os.getpid()), *(os.environ[name] for name in names)]))
 if what == "kill" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
+if what == "answer":
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(70 + rank))
+    (folder / f"ready-{rank}").touch()
 if what != "end":
     time.sleep(300)
 """
@@ -64,6 +67,28 @@ def test_a_worker_that_is_killed_ends_the_others(folder: Path) -> None:
     assert time.monotonic() - began < 60
     assert len(started(folder)) == 2
     assert not any(is_alive(said[0]) for said in started(folder).values())
+
+
+def test_workers_answer_a_signal_that_is_handed_on(folder: Path) -> None:
+    """Their exit codes come back. Without workers there is nobody to answer, and the signal ends the run."""
+    script = (
+        "import signal, sys; from hf_qlora_fsdp.launch import run_workers\n"
+        f"failed = run_workers('some_worker', [{str(folder)!r}, 'answer'], 2, {{'FROM_PARENT': 'x'}},\n"
+        "                     handed_on=[signal.SIGUSR1])\n"
+        "print(sorted(failed.items()), signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL)\n"
+    )
+    root = Path(__file__).parent.parent
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("ready-*"))) < 2:
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGUSR1)
+    said = parent.communicate(timeout=60)[0].strip()
+    assert parent.returncode == 0
+    assert said in ("[(0, 70), (1, 71)] True", "[(0, 70)] True", "[(1, 71)] True")  # the first ends the other
+    with pytest.raises(KeyboardInterrupt):
+        _hand_on(signal.SIGUSR1, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
