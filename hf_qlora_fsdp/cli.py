@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_demo_arguments(demo)
     demo.set_defaults(run=_run_demo)
     _add_rehearse(commands)
+    _add_train(commands)
     _add_merge(commands)
     _add_check(commands)
     _add_doctor(commands)
@@ -92,6 +93,23 @@ def _run_rehearse(args: argparse.Namespace) -> int:
     from .rehearsal import launch
 
     return launch(args)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model, from a YAML file or flags in the manner of TRL",
+        add_help=False,  # its options are fields of dataclasses of TRL, which takes seconds to import
+        prefix_chars="\0",  # so nothing is an option here, and all of it is handed on
+    )
+    train.add_argument("arguments", nargs=argparse.REMAINDER)
+    train.set_defaults(run=_run_train)
+
+
+def _run_train(args: argparse.Namespace) -> int:
+    from .training import launch
+
+    return launch(args.arguments)
 
 
 def _add_merge(commands: Any) -> None:
