@@ -6,8 +6,8 @@
     run_workers   start them           trainer.train       a bar, or lines (`progress.py`)
     exit_code     pass theirs on       save, summarise     a PEFT adapter, and what to do with it
 
-What can be seen to be wrong without a model is seen before any process is started: names (`arguments.py`), files, and a
-Hub that cannot be reached. Whatever is wrong is said once and ends with exit code 2.
+What can be seen to be wrong without a model is seen before any process is started: names (`command_line.py`), files,
+and a Hub that cannot be reached. Whatever is wrong is said once and ends with exit code 2.
 
 SIGTERM and SIGUSR1 are handed on to the workers, which finish the step, save a checkpoint and exit with 75; so does
 this process then, and the same command with `--resume_from_checkpoint True` goes on.
@@ -53,7 +53,7 @@ def launch(arguments: Sequence[str]) -> int:
     """
     if is_worker():
         return take_part(arguments)
-    from .arguments import read_request
+    from .command_line import read_request
 
     request = read_request(arguments)
     quieten(sys.stdout.isatty())
@@ -106,6 +106,7 @@ def read_data(request: Request) -> tuple[Any, Any]:
         request.data,
         request.mixture,
         eval_name=request.data.eval_dataset_name,
+        form=request.data.dataset_format,
         evaluate=getattr(strategy, "value", strategy) != "no",
         seed=request.training.get("seed", 42),
     )
@@ -184,8 +185,8 @@ class Run:
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        from .arguments import read_request
-        from .ranks import fail_together, rank, world_size
+        from .command_line import read_request
+        from .ranks import fail_together, log_once, rank, world_size
 
         self.request = request = read_request(arguments)
         self.args = request.training_arguments()
@@ -196,6 +197,8 @@ class Run:
             )
         self.with_bar = sys.stdout.isatty() and not self.args.disable_tqdm
         quieten(self.with_bar and rank() == 0)
+        for note in request.notes:
+            log_once("%s", note)
         with fail_together("looking at model and data"):
             check(request)
         self.train_data, self.eval_data = read_data(request)

@@ -3,7 +3,7 @@
 A name is read in one way wherever it stands, as `dataset_name`, as `eval_dataset_name` or as `path` in a mixture: a
 file by its ending, a folder by what lies in it, and what is neither is asked for at the Hub. What the rows hold
 (`messages`, `prompt` and `completion`, or `text`) is for TRL to tell, and looked at before the model is loaded
-(`inputs.py`).
+(`inputs.py`); rows as Alpaca or ShareGPT have them are brought into one of these forms when they say so.
 
 Every rank reads for itself, and all must hold the same rows in the same order. So rows to be held out are drawn here,
 with the seed of the run: TRL draws them without any, which gives each rank a split of its own.
@@ -21,6 +21,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments
 
+from . import alpaca, sharegpt
 from .translation import refusal
 
 _BUILDERS = {"json": "json", "jsonl": "json", "ndjson": "json", "parquet": "parquet", "csv": "csv", "txt": "text"}
@@ -31,6 +32,11 @@ _NAMING = (
     "a split that it has."
 )
 
+_FORMS = {
+    "alpaca": alpaca.to_prompt_completion,
+    "alpaca_chat": alpaca.to_messages,
+    "sharegpt": sharegpt.to_messages,
+}
 _COLUMNS = {"messages", "prompt", "completion", "text", "input_ids"}
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -41,6 +47,7 @@ def load_data(
     mixture: DatasetMixtureConfig,
     *,
     eval_name: str | None = None,
+    form: str | None = None,
     evaluate: bool = False,
     seed: int = 42,
 ) -> tuple[Rows, Rows | None]:
@@ -50,6 +57,7 @@ def load_data(
         script (`ScriptArguments`): One dataset, `dataset_name`, with its configuration and splits.
         mixture (`DatasetMixtureConfig`): Several, `datasets`; and `test_split_size`, which holds rows out of either.
         eval_name (`str`, *optional*): Another dataset, to evaluate on.
+        form (`str`, *optional*): Form of all rows, of `_FORMS`, from which they are brought into one that TRL reads.
         evaluate (`bool`): Whether there is to be an evaluation.
         seed (`int`): Draws the rows that are held out.
     Returns:
@@ -60,28 +68,30 @@ def load_data(
     streaming = script.dataset_streaming
     if mixture.datasets:
         streaming = mixture.streaming
-        train = _load_mixture(mixture)
+        train = _load_mixture(mixture, form)
     else:
         assert script.dataset_name is not None, "the arguments were checked"
-        train = _load(script.dataset_name, script.dataset_config, script.dataset_train_split, streaming)
+        train = _load(script.dataset_name, script.dataset_config, script.dataset_train_split, streaming, form)
     if not evaluate:
         return train, None
     if mixture.test_split_size is not None:
         return _hold_out(train, mixture.test_split_size, seed)
     if eval_name is not None:
-        return train, _load(eval_name, None, _only_split(eval_name, script.dataset_test_split), streaming)
+        return train, _load(eval_name, None, _only_split(eval_name, script.dataset_test_split), streaming, form)
     assert script.dataset_name is not None, "the arguments were checked"
-    return train, _load(script.dataset_name, script.dataset_config, script.dataset_test_split, streaming)
+    return train, _load(script.dataset_name, script.dataset_config, script.dataset_test_split, streaming, form)
 
 
-def _load_mixture(mixture: DatasetMixtureConfig) -> Rows:
+def _load_mixture(mixture: DatasetMixtureConfig, form: str | None) -> Rows:
     """Put several datasets one after the other, as `trl.get_dataset` does, each read as a single one would be."""
     parts: list[Any] = []
     for part in mixture.datasets:
         files = {name: value for name in ("data_dir", "data_files") if (value := getattr(part, name)) is not None}
-        rows = _load(part.path, part.name, part.split, mixture.streaming, **files)
-        with _reading(f"columns={part.columns} of {part.path!r}", "Write columns that it has."):
-            parts.append(rows if part.columns is None else rows.select_columns(part.columns))
+        rows = _load(part.path, part.name, part.split, mixture.streaming, None, **files)
+        if part.columns is not None:
+            with _reading(f"columns={part.columns} of {part.path!r}", "Write columns that it has."):
+                rows = rows.select_columns(part.columns)
+        parts.append(_bring_into_form(rows, form))
     _check_columns(mixture, parts)
     fractions = [part.fraction for part in mixture.datasets if part.fraction is not None]
     if fractions:
@@ -129,13 +139,22 @@ def _hold_out(rows: Rows, size: float, seed: int) -> tuple[Rows, Rows]:
     return split["train"], split["test"]
 
 
-def _load(name: str, config: str | None, split: str, streaming: bool, **files: Any) -> Rows:
+def _load(name: str, config: str | None, split: str, streaming: bool, form: str | None, **files: Any) -> Rows:
     # With files named beside it, a name is a builder in the terms of `load_dataset`.
     source = {"path": name} | files if files else find_source(name)
     if config is not None and "data_files" in source and not files:
         raise refusal(f"the configuration {config!r} of the file {name!r}", "files have none", "Leave it out.")
     with _reading(f"the dataset {name!r}, split {split!r}", _NAMING):
-        return load_dataset(split=split, name=config, streaming=streaming, **source)
+        rows = load_dataset(split=split, name=config, streaming=streaming, **source)
+    return _bring_into_form(rows, form)
+
+
+def _bring_into_form(rows: Any, form: str | None) -> Rows:
+    """Return rows of prompt and completion, or of messages, and nothing else that they had."""
+    if form is None:
+        return rows
+    first: dict[str, Any] = next(iter(rows), {})
+    return rows.map(_FORMS[form], remove_columns=list(first))
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ LAYERS = [
     {"cache_reader", "random_weights"},
     {"shard_cache"},
     {"loader", "export", "inputs", "merge_plan", "arguments", "training_data"},
-    {"continuity"},
+    {"command_line", "continuity"},
     {"merging", "resuming", "checking"},
     {"launch", "trainer"},
     {"notebook_worker"},

@@ -24,7 +24,8 @@ from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from hf_qlora_fsdp import cli
-from hf_qlora_fsdp.arguments import read_request
+from hf_qlora_fsdp.command_line import read_request
+from hf_qlora_fsdp.conversion import convert
 from hf_qlora_fsdp.training import exit_code, read_data
 from tests.test_slurm import LAUNCHED, step
 from tests.tiny import ROW_FORMS, make_checkpoint, tiny_dataset
@@ -277,7 +278,62 @@ def test_values_of_file_and_command_line(folder: Path, tmp_path: Path, monkeypat
     assert (request.model.lora_r, request.model.lora_alpha, request.model.lora_dropout) == (4, 32, 0.0)
     assert request.model.lora_target_modules == ["q_proj", "v_proj"]
     assert os.environ["OF_A_FILE"] == "7"
-    assert read_request(given(folder, dataset_name="x")).model.lora_target_modules == "all-linear"
+
+
+def test_the_public_files_of_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever `convert` makes of them has a name here, and a value that the name can have."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()  # where LLaMA-Factory looks
+    names = {name: {"file_name": f"{name}.json"} for name in ("identity", "alpaca_en_demo")}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(names))
+    for path in sorted((ROOT / "tests" / "conversions").glob("*.yaml")):
+        text = path.read_text().split("\n---\n")[0]
+        (tmp_path / "theirs.yaml").write_text(text)
+        conversion = convert(tmp_path / "theirs.yaml")
+        options = ["--axolotl", str(tmp_path / "theirs.yaml"), "--logging_steps", "7"]
+        if conversion.program == "accelerate":  # which says nothing of model and data
+            options += ["--model_name_or_path", "x", "--dataset_name", "x"]
+        request = read_request(options)
+        assert request.notes == conversion.notes
+        assert request.training["logging_steps"] == 7  # the command line wins
+        for name, value in (conversion.arguments | {"logging_steps": 7}).items():
+            if name in request.training:
+                assert request.training[name] == value, (path, name)
+            elif name != "datasets" and value != ["all-linear"]:
+                homes = (request.model, request.data, request.mixture)
+                assert [getattr(home, name) for home in homes if hasattr(home, name)] == [value], (path, name)
+
+
+def test_rows_of_other_forms(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "alpaca.json").write_text(
+        json.dumps([{"instruction": "Add.", "output": "3", "input": "1 2", "text": "x"}])
+    )
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    (tmp_path / "sharegpt.json").write_text(json.dumps([{"conversations": turns, "id": 7}]))
+    read = {}
+    for form in ("alpaca", "alpaca_chat", "sharegpt"):
+        file = tmp_path / f"{form.partition('_')[0]}.json"
+        (read[form],) = read_data(read_request(given(folder, dataset_name=file, dataset_format=form)))[0].to_list()
+        mixed = read_data(read_request(given(folder, datasets=file, dataset_format=form)))[0]
+        assert mixed.to_list() == [read[form]]
+    assert read["alpaca"].keys() == read["alpaca_chat"].keys() == {"prompt", "completion"}
+    assert "### Input:\n1 2\n" in read["alpaca"]["prompt"] and read["alpaca"]["completion"] == "3"
+    assert read["alpaca_chat"]["prompt"] == [{"role": "user", "content": "Add.\n1 2"}]
+    assert [turn["role"] for turn in read["sharegpt"]["messages"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("options", "modules"),
+    [
+        ([], "all-linear"),
+        (["--lora_target_modules", "q_proj"], ["q_proj"]),
+        (["--lora_target_modules", "q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["--lora_target_modules", ".*_proj"], ".*_proj"),  # a pattern
+        (["--lora_target_parameters", "experts.down_proj"], None),
+    ],
+)
+def test_what_is_adapted(options: list[str], modules: Any, folder: Path) -> None:
+    assert read_request([*given(folder, dataset_name="x"), *options]).model.lora_target_modules == modules
 
 
 FILES = {"mapping": "- 1\n", "broken": "a: [", "key": "lora_rank: 8\n", "type": "max_steps: 1.5\n"}
@@ -320,6 +376,10 @@ FILES |= {"part_form": "datasets: [text.json, prompt_completion.json]\n"}
         ({"nproc": 0}, "no number of processes"),
         ({"plot": "no/such/folder/x.png"}, "there is no folder for it"),
         ({"config": "no.yaml"}, "cannot be read"),
+        ({"config": "no.yaml", "axolotl": "x.yaml"}, "hf-qlora-fsdp convert"),
+        ({"axolotl": "mapping.yaml"}, "no mapping of keys"),
+        ({"dataset_format": "alpaca"}, "a row of Alpaca"),
+        ({"dataset_format": "alpacca"}, "invalid choice"),
         *(
             ({"config": f"{name}.yaml"}, said)
             for name, said in zip(
