@@ -43,7 +43,7 @@ from .translation import (
     translate_environment,
     translate_fsdp,
 )
-from .units import format_dtype
+from .units import format_dtype, parse_bytes
 
 # Each parameter dtype as `bf16` and `fp16`.
 _PRECISIONS = {"bfloat16": (True, False), "float16": (False, True), "float32": (False, False)}
@@ -157,6 +157,15 @@ class QLoRAFSDPConfig(SFTConfig):
         },
     )
 
+    expert_chunk: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a mixture of experts: how much of a layer's experts is in 16 bits at a time, '256MiB' if not "
+            "set. One expert always is; with two bytes a weight and N x K weights in the larger matrix of "
+            "an expert, a forward or backward takes max(expert_chunk, 2 N K) * (1 + 1/32). Where all of a layer fits, "
+            "nothing waits for the device to say which experts are hit."
+        },
+    )
     checkpoint_layers: str | None = field(
         default=None,
         metadata={
@@ -316,6 +325,11 @@ class QLoRAFSDPConfig(SFTConfig):
         if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
             given = f"bnb_4bit_quant_type={self.bnb_4bit_quant_type!r}"
             raise refusal(given, "bitsandbytes has two 4-bit data types", 'Write "nf4", or "fp4".')
+        if self.expert_chunk is not None:
+            try:
+                parse_bytes(self.expert_chunk)
+            except ValueError as error:
+                raise ValueError(f"expert_chunk={error}") from None
         if self.on_nonfinite not in ("stop", "skip"):
             given = f"on_nonfinite={self.on_nonfinite!r}"
             raise refusal(given, "a step with broken gradients cannot be taken", 'Write "stop", or "skip".')

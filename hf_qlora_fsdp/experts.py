@@ -14,7 +14,8 @@ replaced stays, without its weights, as `gating`: it holds the activation (Mixtr
 gpt-oss' clamped one of interleaved columns), and its own description (`is_transposed`, `has_bias`) says the rest.
 
 **Memory.** Only experts that have rows are dequantised, a chunk at a time, and the 16-bit weights of a chunk are gone
-before those of the next are made. Neither they nor the packed ones are saved for the backward, which fetches the packed
+before those of the next are made. (Where all experts are one chunk, all are dequantised: no device has to tell the host
+which ones have rows.) Neither they nor the packed ones are saved for the backward, which fetches the packed
 weights from the module again: FSDP has gathered them anew by then. Beside the activations, which are those of any
 implementation (the T k rows of both products), a forward or backward takes at most
 
@@ -189,13 +190,15 @@ class Experts4bit(nn.Module):
             transposed (`bool`): Whether to multiply by the stored matrix transposed, `x W.T`, or as it is, `x W`.
         """
         _, rows, columns = self.shapes[name]
-        out = x_SK.new_empty(len(x_SK), rows if transposed else columns)
         longest = max(1, self.chunk_bytes // (rows * columns * x_SK.dtype.itemsize))
-        for start, stop in groups.hit_runs(longest):
+        out = None
+        for start, stop in groups.runs(longest):
             w = self.dequantize(name, start, stop, x_SK.dtype)
-            multiply_groups(x_SK, w.transpose(1, 2) if transposed else w, groups, start, out)
+            if out is None and stop - start < self.num_experts:
+                out = x_SK.new_empty(len(x_SK), rows if transposed else columns)
+            out = multiply_groups(x_SK, w.transpose(1, 2) if transposed else w, groups, start, out)
             del w  # or it would be there until the next one is made
-        return out
+        return x_SK.new_empty(0, rows if transposed else columns) if out is None else out
 
     @property
     def is_fused(self) -> bool:

@@ -9,11 +9,15 @@ There are two ways to compute such a product. A **loop** takes one group after t
 all of them in one launch, which matters for many small experts. It wants rows of a multiple of 16 bytes and, on GPUs,
 bfloat16 and compute capability 8.0; elsewhere the loop does the same.
 
+How many rows each group has is known on the device. The loop needs it on the host, and so does whoever wants to leave
+groups out: the host then waits for all that the device has to do before. `Groups` asks when it is asked.
+
 Shape suffixes: S rows (tokens times experts a token), G groups, K and N the columns of input and output.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,20 +33,18 @@ class Groups:
     """Which rows belong to which matrix.
 
     Args:
-        bounds (`list[int]`): First row of each group, and the number of rows, on the host.
         ends (`torch.Tensor`): First row after each group, `[G]` (int32), on the device of the rows.
+        num_rows (`int`): How many rows there are.
         fused (`bool`): Whether to use `grouped_mm` where it can be used.
     """
 
-    bounds: list[int]
     ends: torch.Tensor
+    num_rows: int
     fused: bool = False
 
     @classmethod
     def count(cls, group_of_row: torch.Tensor, num_groups: int, fused: bool = False) -> Groups:
         """Count the rows of each group.
-
-        Waits for the device: which experts are hit has to be known to dequantise no others.
 
         Args:
             group_of_row (`torch.Tensor`): Group of each row, `[S]`, in ascending order.
@@ -51,12 +53,31 @@ class Groups:
         """
         sizes = torch.bincount(group_of_row, minlength=num_groups)
         assert len(sizes) == num_groups, "rows of groups that do not exist"
-        ends = sizes.cumsum(0, dtype=torch.int32)
-        return cls([0, *ends.tolist()], ends, fused)
+        return cls(sizes.cumsum(0, dtype=torch.int32), len(group_of_row), fused)
+
+    @functools.cached_property
+    def bounds(self) -> list[int]:
+        """Return the first row of each group, and the number of rows. Waits for the device, once."""
+        return [0, *self.ends.tolist()]
 
     def rows(self, start: int, stop: int) -> slice:
         """Return the rows of the groups from `start` up to `stop`."""
+        if (start, stop) == (0, len(self.ends)):
+            return slice(0, self.num_rows)
         return slice(self.bounds[start], self.bounds[stop])
+
+    def runs(self, longest: int) -> Iterator[tuple[int, int]]:
+        """Yield runs of neighbouring groups, as `(start, stop)`, that cover those that have rows.
+
+        Args:
+            longest (`int`): Groups that a run may have. If it may have all of them, and there are enough rows for each
+                to have some, it has, and the host does not wait to be told which ones are hit.
+        """
+        num_groups = len(self.ends)
+        if self.fused and num_groups <= min(longest, self.num_rows):
+            yield 0, num_groups
+        else:
+            yield from self.hit_runs(longest)
 
     def hit_runs(self, longest: int) -> Iterator[tuple[int, int]]:
         """Yield runs of neighbouring groups that have rows, as `(start, stop)`, of at most `longest` groups."""
@@ -64,7 +85,7 @@ class Groups:
         def is_hit(group: int) -> bool:
             return self.bounds[group] < self.bounds[group + 1]
 
-        for hit, run in itertools.groupby(range(len(self.bounds) - 1), key=is_hit):
+        for hit, run in itertools.groupby(range(len(self.ends)), key=is_hit):
             groups = list(run) if hit else []
             for first in range(0, len(groups), longest):
                 chunk = groups[first : first + longest]
@@ -92,25 +113,35 @@ def can_fuse(x_SK: torch.Tensor, w_GKN: torch.Tensor) -> bool:
     return True
 
 
-def multiply_groups(x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups, start: int, out_SN: torch.Tensor) -> None:
-    """Write the product of neighbouring groups, those from `start` on, to their rows of `out_SN`. Not differentiable.
+def multiply_groups(
+    x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups, start: int = 0, out_SN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the product of every group, or write that of some to their rows of `out_SN`. Not differentiable.
 
     Args:
         x_SK (`torch.Tensor`): All rows.
-        w_GKN (`torch.Tensor`): The matrices of these groups alone.
+        w_GKN (`torch.Tensor`): The matrices of all groups, or of some neighbouring ones alone.
         groups (`Groups`): Which rows belong to which group.
         start (`int`): The first of these groups.
-        out_SN (`torch.Tensor`): All rows of the result.
+        out_SN (`torch.Tensor`, *optional*): All rows of the result. Without it, `w_GKN` has to have all groups.
     """
     stop = start + len(w_GKN)
-    rows = groups.rows(start, stop)
+    assert out_SN is not None or len(w_GKN) == len(groups.ends)
     # A single product needs no launch saved, and is written where it belongs, which grouped_mm cannot do.
     if groups.fused and len(w_GKN) > 1 and can_fuse(x_SK, w_GKN):
-        out_SN[rows] = grouped_mm(x_SK[rows].contiguous(), w_GKN, offs=groups.ends[start:stop] - rows.start)
-        return
+        rows = groups.rows(start, stop)
+        ends = groups.ends[start:stop] - rows.start if rows.start else groups.ends[start:stop]
+        product = grouped_mm(x_SK[rows].contiguous(), w_GKN, offs=ends)
+        if out_SN is None:
+            return product
+        out_SN[rows] = product
+        return out_SN
+    if out_SN is None:
+        out_SN = x_SK.new_empty(len(x_SK), w_GKN.shape[2])
     for group, w_KN in enumerate(w_GKN, start):
         rows = groups.rows(group, group + 1)
         torch.mm(x_SK[rows], w_KN, out=out_SN[rows])
+    return out_SN
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -120,9 +151,7 @@ class _GroupedProduct(torch.autograd.Function):
     def forward(ctx, x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups) -> torch.Tensor:
         ctx.save_for_backward(x_SK, w_GKN)
         ctx.groups = groups
-        out_SN = x_SK.new_empty(len(x_SK), w_GKN.shape[2])
-        multiply_groups(x_SK, w_GKN, groups, 0, out_SN)
-        return out_SN
+        return multiply_groups(x_SK, w_GKN, groups)
 
     @staticmethod
     def backward(ctx, grad_SN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
@@ -130,8 +159,7 @@ class _GroupedProduct(torch.autograd.Function):
         groups: Groups = ctx.groups
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x_SK)
-            multiply_groups(grad_SN, w_GKN.transpose(1, 2), groups, 0, grad_x)
+            grad_x = multiply_groups(grad_SN, w_GKN.transpose(1, 2), groups)
         if ctx.needs_input_grad[1]:
             if groups.fused and can_fuse(grad_SN, w_GKN):
                 grad_w = grouped_mm(x_SK.t(), grad_SN.contiguous(), offs=groups.ends)

@@ -22,7 +22,7 @@ from .experts import Experts4bit
 from .ranks import log_once
 from .sharding import base_model, check_storage_dtype
 from .sharding_policy import ShardingPolicy
-from .units import format_dtype
+from .units import format_dtype, parse_bytes
 
 _TEXT_COLUMNS = ("input_ids", "messages", "prompt", "image", "images")
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
@@ -137,6 +137,8 @@ def read_model_options(args: QLoRAFSDPConfig, quantization: BitsAndBytesConfig |
         check_same_dtype(_parse_dtype(dtype), args.compute_dtype)
     options.setdefault("trust_remote_code", args.trust_remote_code)
     options = {"shard_cache": args.shard_cache, "shard_cache_dir": args.shard_cache_dir} | options
+    if args.expert_chunk:
+        options.setdefault("expert_chunk_bytes", parse_bytes(args.expert_chunk))
     options["quantization_config"] = _settle_quantization(quantization or inner, args)
     return options
 

@@ -44,6 +44,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from .adapters import check_peft_config, initialize_adapter, inject_adapter
 from .anatomy import Unit, plan_units
 from .blueprint import build_quantized_meta_model
+from .experts import CHUNK_BYTES, Experts4bit
 from .fitting import Need, available_bytes, check_fits
 from .packing import PackedLinear4bit
 from .random_weights import draw_weights
@@ -98,6 +99,7 @@ def load_quantized_model(
     random_weights: bool = False,
     shard_cache: bool = True,
     shard_cache_dir: str | os.PathLike[str] | None = None,
+    expert_chunk_bytes: int = CHUNK_BYTES,
     **kwargs: Any,
 ) -> nn.Module:
     """Load a causal LM in 4 bits, sharded over all ranks, without any rank ever holding it.
@@ -120,6 +122,7 @@ def load_quantized_model(
             Not for weights that are stored in 4 bits.
         shard_cache_dir (`str`, *optional*): Where. Defaults to `HF_QLORA_FSDP_SHARD_CACHE_DIR`, else to
             `hf_qlora_fsdp/shards` in `HF_HOME`. May be removed at any time.
+        expert_chunk_bytes (`int`): Of a mixture of experts: 16-bit weights at a time, see `experts.py`.
         **kwargs: What `from_pretrained` takes: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`,
             `attn_implementation`, `use_kernels`, and values that override the config's.
     Returns:
@@ -142,6 +145,9 @@ def load_quantized_model(
         model = build_quantized_meta_model(
             model_id_or_path, quantization_config, dtype, trust_remote_code=trust_remote_code, hub=hub, **kwargs
         )
+        for module in model.modules():
+            if isinstance(module, Experts4bit):
+                module.chunk_bytes = expert_chunk_bytes
         if random_weights:
             source = draw_weights(model, dtype)
         else:

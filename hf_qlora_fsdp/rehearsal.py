@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--param-dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--attn-implementation", metavar="NAME", help="as in from_pretrained (the model's default)")
+    parser.add_argument("--expert-chunk", metavar="SIZE", help="16-bit experts at a time (256MiB)")
     parser.add_argument("--no-fuse-lora", action="store_true", help="a 4-bit layer and its adapter one after the other")
     parser.add_argument("--use-liger-kernel", action="store_true", help="needs liger-kernel")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
@@ -116,11 +117,12 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{given}: {why}. Give {least} or more.")
     if args.nproc != "auto" and (not args.nproc.isdecimal() or int(args.nproc) < 1):
         raise ValueError(f"--nproc {args.nproc} is no number of processes. Give 1 or more, or auto.")
-    if args.device_memory is not None:
-        try:
-            parse_bytes(args.device_memory)
-        except ValueError as error:
-            raise ValueError(f"--device-memory {error}") from None
+    for option, size in {"--device-memory": args.device_memory, "--expert-chunk": args.expert_chunk}.items():
+        if size is not None:
+            try:
+                parse_bytes(size)
+            except ValueError as error:
+                raise ValueError(f"{option} {error}") from None
     if args.device_memory is not None or args.activation_offloading:
         import torch
 

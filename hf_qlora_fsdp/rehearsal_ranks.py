@@ -119,6 +119,7 @@ class Rehearsal:
             gradient_checkpointing=not options.no_gradient_checkpointing,
             activation_offloading=options.activation_offloading,
             param_dtype=options.param_dtype,
+            expert_chunk=options.expert_chunk,
             fuse_lora=not options.no_fuse_lora,
             use_liger_kernel=options.use_liger_kernel,
             # Of a gated MLP, the fused layers do more than Liger's kernel, which would take their place.

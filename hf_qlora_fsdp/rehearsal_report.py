@@ -71,6 +71,7 @@ def _describe_run(outcome: dict[str, Any]) -> str:
     counts = outcome.get("parameters")
     sizes = f", {format_count(counts['4bit'])} parameters in 4 bits" if counts else ""
     flags = (
+        "expert_chunk",
         "no_fuse_lora",
         "use_liger_kernel",
         "cpu_offload",

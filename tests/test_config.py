@@ -25,7 +25,7 @@ from trl import SFTConfig
 
 from hf_qlora_fsdp import ranks
 from hf_qlora_fsdp.config import QLoRAFSDPConfig
-from hf_qlora_fsdp.inputs import read_policy
+from hf_qlora_fsdp.inputs import read_model_options, read_policy
 
 OWN_FIELDS = [name for name in QLoRAFSDPConfig.__annotations__ if name != "learning_rate"]
 LAUNCHER = ("FSDP_", "ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
@@ -122,6 +122,7 @@ def plugin_of(config: QLoRAFSDPConfig) -> FullyShardedDataParallelPlugin:
             lambda c: plugin_of(c).cpu_offload,
             CPUOffloadPolicy(pin_memory=False),
         ),
+        (["--expert_chunk", "1GiB"], lambda c: read_model_options(c, None).get("expert_chunk_bytes"), 1 << 30),
         (["--reshard_after_forward", "no"], lambda c: plugin_of(c).reshard_after_forward, False),
     ],
 )
@@ -153,6 +154,7 @@ def test_words_for_switches(make):
     [
         {"bnb_4bit_quant_type": "int4"},
         {"param_dtype": "bf16"},
+        {"expert_chunk": "256"},
         {"cpu_offload": "flase"},
         {"transformer_layer_cls_to_wrap": 3},
         {"cpu_offload_pin_memory": False},

@@ -180,7 +180,10 @@ def load_and_run(rank: int, folders: dict[str, str]) -> dict[str, tuple[torch.Te
     for model_type, folder in folders.items():
         lora = LoraConfig(r=4, target_modules="all-linear")
         policy = ShardingPolicy(param_dtype=torch.float32)
-        model = load_quantized_model(folder, peft_config=lora, policy=policy, progress=False)
+        model = load_quantized_model(
+            folder, peft_config=lora, policy=policy, progress=False, expert_chunk_bytes=3 << 20
+        )
+        assert {m.chunk_bytes for m in model.modules() if isinstance(m, Experts4bit)} == {3 << 20}
         with torch.no_grad():
             logits = model(input_ids=tokens(6)).logits
         found[model_type] = (logits, model.load_report.bytes_read)

@@ -59,3 +59,15 @@ def test_runs_of_groups_that_have_rows() -> None:
     groups = Groups.count(torch.tensor([1, 1, 2, 3, 6]), 8)
     assert list(groups.hit_runs(2)) == [(1, 3), (3, 4), (6, 7)]
     assert [groups.rows(*run) for run in groups.hit_runs(8)] == [slice(0, 4), slice(4, 5)]
+
+
+def test_the_host_is_not_told_what_it_need_not_know() -> None:
+    """Where all groups are one run, and likely to have rows, nothing waits for the device."""
+    groups = Groups.count(torch.tensor([0, 0, 1, 3]), 4, fused=True)
+    x, w = torch.eye(4, 8).requires_grad_(), torch.ones(4, 8, 8).requires_grad_()
+    assert list(groups.runs(4)) == [(0, 4)]
+    assert torch.equal(grouped_product(x, w, groups), torch.ones(4, 8))
+    assert "bounds" not in vars(groups)
+    assert list(groups.runs(3)) == [(0, 2), (3, 4)]
+    few = Groups.count(torch.tensor([0, 0, 1]), 4, fused=True)
+    assert list(few.runs(4)) == [(0, 2)]

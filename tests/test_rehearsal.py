@@ -243,6 +243,7 @@ WORDS = {
     "--cpu-offload-dir shards": ("cpu_offload_dir", "shards"),
     "--no-gradient-checkpointing": ("gradient_checkpointing", False),
     "--no-fuse-lora": ("fuse_lora", False),
+    "--expert-chunk 1GiB": ("expert_chunk", "1GiB"),
     "--use-liger-kernel": ("use_liger_kernel", True),
     "--param-dtype float32": ("param_dtype", "float32"),
 }
