@@ -222,6 +222,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ({"use_wandb": True, "use_tensorboard": True}, {"report_to": ["wandb", "tensorboard"]}),
         ({"use_mlflow": True, "mlflow_run_name": "first"}, {"report_to": ["mlflow"], "run_name": "first"}),
         ({"use_comet": True}, {"report_to": ["comet_ml"]}),
+        ({"use_swanlab": True}, {"report_to": ["swanlab"]}),
         ({"use_trackio": True, "trackio_run_name": "first"}, {"report_to": ["trackio"], "run_name": "first"}),
     ]
 ] + [

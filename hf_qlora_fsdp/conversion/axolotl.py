@@ -17,7 +17,7 @@ from typing import Any
 
 from ..translation import nearest, parse_bool, refuse_unsupported, translate_fsdp
 from .axolotl_data import read_data
-from .axolotl_keys import DEFAULTS, HARMLESS, READ, REFUSED, RENAMED, UNUSED
+from .axolotl_keys import DEFAULTS, HARMLESS, LORA, OTHER_MODEL, READ, REFUSED, RENAMED, UNUSED
 from .foreign_keys import ForeignKeys
 
 PROGRAM = "Axolotl"
@@ -39,13 +39,21 @@ _ATTENTION_FLAGS = {
     "eager_attention": "eager",
 }
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_PLUGINS = ("cut_cross_entropy", "liger", "kernels", "lm_eval", "swanlab")
+# Plugins that change no result, each with one of its keys that say why.
+_PLUGINS = {
+    "cut_cross_entropy": "cut_cross_entropy",
+    "liger": "liger_rms_norm",
+    "kernels": "use_scattermoe",
+    "lm_eval": "lm_eval_tasks",
+    "swanlab": "swanlab_project",
+}
 _TRACKERS = {
     "use_wandb": "wandb",
     "use_tensorboard": "tensorboard",
     "use_mlflow": "mlflow",
     "use_comet": "comet_ml",
     "use_trackio": "trackio",
+    "use_swanlab": "swanlab",
 }
 
 
@@ -64,6 +72,7 @@ def read_axolotl(file: dict[Any, Any]) -> tuple[dict[str, object], list[str]]:
     """
     keys = ForeignKeys(PROGRAM, file)
     keys.check(KEYS)
+    keys.refuse(REFUSED, HARMLESS)
     for key, what in (
         ("base_model", "the model"),
         ("datasets", "the data"),
@@ -73,7 +82,6 @@ def read_axolotl(file: dict[Any, Any]) -> tuple[dict[str, object], list[str]]:
     ):
         if key not in keys:
             keys.demand(key, what)
-    keys.refuse(REFUSED, HARMLESS)
     keys.rename(RENAMED)
     for read in (_read_model, _read_adapter, _read_precision, _read_sharding, read_data, _read_batches, _read_schedule):
         read(keys)
@@ -97,7 +105,7 @@ def _read_adapter(keys: ForeignKeys) -> None:
         raise keys.refusal("peft_autocast_adapter_dtype", False, why, "Remove it.")
     weights = keys.take("peft_init_lora_weights", True)
     if weights is not True:
-        raise keys.refusal("peft_init_lora_weights", weights, *REFUSED["lora_rank_pattern"])
+        raise keys.refusal("peft_init_lora_weights", weights, *LORA)
     names, every = keys.take_list("lora_target_modules"), keys.take_switch("lora_target_linear")
     if every:
         beyond = [name for name in names if re.search("lm_head|embed", str(name))]
@@ -272,8 +280,8 @@ def _read_interval(keys: ForeignKeys, verb: str, per_epoch: str, strategy: objec
         strategy, keys.values[f"{verb}_steps"] = "steps", int(steps) if steps >= 1 else steps
     if strategy is False:  # `no` without quotes is a switch to a YAML parser
         strategy = "no"
-    if strategy not in ("no", "epoch", "steps", "best"):
-        why = "there is no such strategy"
+    if strategy not in ("no", "epoch", "steps"):
+        why = "it is none that needs no more than a file says"
         raise keys.refusal(f"{verb}_strategy", strategy, why, "Write steps, epoch or no.")
     keys.values[f"{verb}_strategy"] = strategy
 
@@ -282,7 +290,7 @@ def _read_model(keys: ForeignKeys) -> None:
     options = keys.take_mapping("model_config") | keys.take_mapping("overrides_of_model_config")
     for name, value in options.items():
         if name != "output_router_logits":
-            raise keys.refusal(f"model_config.{name}", value, *REFUSED["rope_scaling"])
+            raise keys.refusal(f"model_config.{name}", value, *OTHER_MODEL)
         if parse_bool(keys.say("model_config.output_router_logits", value), value):
             why = "TRL adds the router's loss to the model's, with the factor of the model's own configuration"
         else:
@@ -293,7 +301,7 @@ def _read_model(keys: ForeignKeys) -> None:
         if name not in _PLUGINS:
             why = "it changes how Axolotl trains, and nothing here does the same"
             raise keys.refusal("plugins", plugin, why, "Remove it.")
-        keys.note("plugins", plugin, UNUSED["cut_cross_entropy"])
+        keys.note("plugins", plugin, UNUSED[_PLUGINS[name]])
     for name, token in keys.take_mapping("special_tokens").items():
         if token is None or token == []:
             continue

@@ -112,7 +112,8 @@ UNUSED: dict[str, str] = spread(
     (_PREPARED, "dataset_prepared_path num_dataset_shards_to_save dataset_keep_in_memory push_dataset_to_hub"),
     (_PREPARED, "sample_packing_group_size sample_packing_bin_size sample_packing_eff_est total_num_tokens"),
     (_PREPARED, "sample_packing_mp_start_method multipack_real_batches preprocess_iterable remove_unused_columns"),
-    (_PREPARED, "total_supervised_tokens pad_to_sequence_len"),
+    (_PREPARED, "total_supervised_tokens"),
+    ("padding is left out of the loss, however long it is", "pad_to_sequence_len"),
     (_FOUND, "model_type type_of_model is_falcon_derived_model is_llama_derived_model is_mistral_derived_model"),
     (_FOUND, "is_qwen_derived_model cls_model_config tokenizer_type processor_type tokenizer_use_fast"),
     (_WATCHED, "loss_watchdog_threshold loss_watchdog_patience"),
@@ -127,11 +128,11 @@ _TOKENS: Reason = (
     "it changes the vocabulary or the tokenizer, and rows of the embedding with it",
     "Save the tokenizer and the model with the change, name their folder as base_model, and remove it.",
 )
-_OTHER_MODEL: Reason = (
+OTHER_MODEL: Reason = (
     "it trains another model than the base model's own configuration describes",
     "Save the base model with the change, name its folder as base_model, and remove it.",
 )
-_LORA: Reason = (
+LORA: Reason = (
     "train makes the adapter from lora_r, lora_alpha, lora_dropout, the target modules, rsLoRA and DoRA alone",
     "Remove it, or write a script that hands QLoRAFSDPTrainer a LoraConfig with it as peft_config.",
 )
@@ -172,21 +173,21 @@ REFUSED: dict[str, Reason] = spread(
     (_TOKENS, "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens"),
     (_TOKENS, "peft_trainable_token_indices"),
     (_MISTRAL, "tokenizer_use_mistral_common"),
-    (_OTHER_MODEL, "base_model_config overrides_of_model_kwargs model_kwargs rope_scaling reinit_weights"),
+    (OTHER_MODEL, "base_model_config overrides_of_model_kwargs model_kwargs rope_scaling reinit_weights"),
     (
-        _OTHER_MODEL,
+        OTHER_MODEL,
         "scaling_softmax scaling_softmax_factor scaling_softmax_bias s2_attention use_onebitllms dense_mixer",
     ),
-    (_LORA, "lora_model_dir lora_fan_in_fan_out lora_rank_pattern lora_alpha_pattern peft_layers_to_transform peft"),
-    (_LORA, "peft_layers_pattern peft_layer_replication peft_ensure_weight_tying loraplus_lr_ratio"),
-    (_LORA, "loraplus_lr_embedding use_mora mora_type relora relora_steps relora_prune_ratio relora_prune_method"),
-    (_LORA, "relora_cpu_offload unfrozen_parameters"),
+    (LORA, "lora_model_dir lora_fan_in_fan_out lora_rank_pattern lora_alpha_pattern peft_layers_to_transform peft"),
+    (LORA, "peft_layers_pattern peft_layer_replication peft_ensure_weight_tying loraplus_lr_ratio"),
+    (LORA, "loraplus_lr_embedding use_mora mora_type relora relora_steps relora_prune_ratio relora_prune_method"),
+    (LORA, "relora_cpu_offload unfrozen_parameters"),
     (_NOT_4BIT, "load_in_8bit gptq fp8 fp8_enable_fsdp_float8_all_gather qat quantization model_quantization_config"),
     (_NOT_4BIT, "model_quantization_config_kwargs float32 nonexpert_quantization"),
     (_TRAINER, "trainer_cls optim_target_modules torchdistx_path embedding_lr embedding_lr_scale lr_groups adam_beta3"),
     (_TRAINER, "adam_epsilon2 lisa_n_layers lisa_step_interval lisa_layers_attribute early_stopping_patience"),
     (_TRAINER, "dynamic_checkpoint auto_find_batch_size layer_offloading spectrum_top_fraction spectrum_model_name"),
-    (_TRAINER, "grokfast_alpha grokfast_lamb recipe auto_resume_from_checkpoints use_swanlab dion_lr dion_momentum"),
+    (_TRAINER, "grokfast_alpha grokfast_lamb recipe auto_resume_from_checkpoints dion_lr dion_momentum"),
     (_TRAINER, "dion_rank_fraction dion_rank_multiple_of qgalore_rank qgalore_update_proj_gap qgalore_scale"),
     (_TRAINER, "qgalore_proj_type qgalore_proj_quant qgalore_proj_bits qgalore_proj_group_size qgalore_gamma_proj"),
     (_TRAINER, "qgalore_cos_threshold qgalore_queue_size"),
@@ -230,7 +231,7 @@ READ: dict[str, str] = spread(
     ("saving", "val_set_size"),
     ("data", "datasets train_on_inputs chat_template chat_template_jinja excess_length_strategy"),
     ("trackers", "hub_model_id use_wandb wandb_project wandb_name use_tensorboard use_mlflow mlflow_run_name"),
-    ("trackers", "use_comet use_trackio trackio_run_name"),
+    ("trackers", "use_comet use_trackio trackio_run_name use_swanlab"),
 )
 
 # The same for each of `datasets`.

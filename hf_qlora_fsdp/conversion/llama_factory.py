@@ -19,7 +19,7 @@ from typing import Any
 
 from ..translation import nearest, refuse_unsupported, translate_fsdp
 from .foreign_keys import ForeignKeys
-from .llama_factory_keys import DEFAULTS, HARMLESS, READ, REFUSED, RENAMED, UNUSED
+from .llama_factory_keys import DEFAULTS, HARMLESS, READ, REFUSED, RENAMED, TEMPLATE, UNUSED
 
 PROGRAM = "LLaMA-Factory"
 KEYS = frozenset(RENAMED) | frozenset(UNUSED) | frozenset(REFUSED) | frozenset(READ)
@@ -55,10 +55,10 @@ def read_llama_factory(file: dict[Any, Any]) -> tuple[dict[str, object], list[st
     """
     keys = ForeignKeys(PROGRAM, file)
     keys.check(KEYS)
+    keys.refuse(REFUSED, HARMLESS)
     for key, what in (("model_name_or_path", "the model"), ("dataset", "the data")):
         if key not in keys:
             keys.demand(key, what)
-    keys.refuse(REFUSED, HARMLESS)
     keys.rename(RENAMED)
     for read in (_read_method, _read_precision, _read_schedule, _read_data):
         read(keys)
@@ -152,7 +152,7 @@ def _read_data(keys: ForeignKeys) -> None:
     if template is not None:
         keys.note("template", template, "the template of the model's own tokenizer is, which has to be of that family")
     if not thinking:
-        raise keys.refusal("enable_thinking", thinking, *REFUSED["preserve_thinking"])
+        raise keys.refusal("enable_thinking", thinking, *TEMPLATE)
     names, folder = _split(keys.take("dataset")), str(keys.take("dataset_dir", "data"))
     most = keys.take_number("max_samples", int)
     info = _read_info(keys, folder)

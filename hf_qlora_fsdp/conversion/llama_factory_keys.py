@@ -90,9 +90,12 @@ UNUSED: dict[str, str] = spread(
     (_STAGE, "badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose pissa_iter asft_alpha eaft_alpha"),
     (_PLACE, "ray_num_workers ray_init_kwargs ray_run_name master_addr master_port ddp_find_unused_parameters"),
     (_PLACE, "ddp_backend ddp_bucket_cap_mb local_rank"),
-    (_TRACKING, "hf_hub_token ms_hub_token om_hub_token hub_token swanlab_project swanlab_workspace swanlab_run_name"),
+    (_TRACKING, "hf_hub_token ms_hub_token om_hub_token hub_token use_swanlab swanlab_project swanlab_workspace"),
     ("training is what train does, and it evaluates where eval_strategy says so", "do_train do_eval"),
-    (_TRACKING, "swanlab_mode swanlab_api_key swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret"),
+    (
+        _TRACKING,
+        "swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret",
+    ),
     ("adapters are always written as safetensors", "save_safetensors"),
     ("files of an earlier run stay until they are written again", "overwrite_output_dir"),
     ("padding is left out of the loss", "ignore_pad_token_for_loss"),
@@ -113,7 +116,7 @@ _OTHER_MODEL: Reason = (
 )
 _TRAINER: Reason = ("it belongs to a trainer or an optimizer that is not here", "Remove it.")
 _ROWS: Reason = ("TRL reads whole data sets, one after the other, in a random order", "Change the data files instead.")
-_TEMPLATE: Reason = ("conversations are written by the tokenizer's own chat template", "Put it into the data instead.")
+TEMPLATE: Reason = ("conversations are written by the tokenizer's own chat template", "Put it into the data instead.")
 _NOT_4BIT: Reason = ("frozen weights are packed in 4 bits, and multiplied in one 16-bit dtype", "Remove it.")
 _COMPILE: Reason = ("bitsandbytes' 4-bit layers and FSDP2's hooks break the graph in every layer", "Remove it.")
 _DEEPSPEED: Reason = (
@@ -131,10 +134,10 @@ REFUSED: dict[str, Reason] = spread(
         "use_galore use_apollo use_badam use_adam_mini use_muon use_mca use_megatron_bridge megatron_bridge_args",
     ),
     (_TRAINER, "use_hyper_parallel hyper_parallel_args hyper_parallel_cp_size use_kt use_dft_loss use_asft_loss"),
-    (_TRAINER, "use_eaft_loss early_stopping_steps enable_torch_profiler use_swanlab do_predict auto_find_batch_size"),
+    (_TRAINER, "use_eaft_loss early_stopping_steps enable_torch_profiler do_predict auto_find_batch_size"),
     (_TRAINER, "optim_target_modules parallelism_config"),
     (_ROWS, "streaming mix_strategy interleave_probs disable_shuffling tokenized_path eval_dataset mask_history"),
-    (_TEMPLATE, "tool_format default_system preserve_thinking"),
+    (TEMPLATE, "tool_format default_system preserve_thinking"),
     (_NOT_4BIT, "upcast_layernorm upcast_lmhead_output fp8 fp8_backend fp8_enable_fsdp_float8_all_gather pure_bf16"),
     (_NOT_4BIT, "bf16_full_eval fp16_full_eval"),
     (_COMPILE, "torch_compile torch_compile_backend torch_compile_mode"),
