@@ -254,7 +254,7 @@ def _read_saving(keys: ForeignKeys) -> None:
     older = keys.take("evaluation_strategy", "epoch")
     strategy = keys.take("eval_strategy", older)
     if size:
-        keys.values["test_split_size"] = int(size) if size >= 1 else size
+        keys.values["test_split_size"] = size
         _read_interval(keys, "eval", "evals_per_epoch", strategy)
         if keys.values["eval_strategy"] == "no":
             why = "the rows that it holds out would never be read, as eval_strategy is no"

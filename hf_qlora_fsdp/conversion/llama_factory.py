@@ -135,7 +135,7 @@ def _read_schedule(keys: ForeignKeys) -> None:
         if keys.values.get("eval_strategy", "no") == "no":
             why = "the rows that it holds out would never be read, as eval_strategy is no"
             raise keys.refusal("val_size", size, why, "Write eval_strategy, or remove val_size.")
-        keys.values["test_split_size"] = int(size) if size >= 1 else size
+        keys.values["test_split_size"] = size
     packing, neat = keys.take("packing"), keys.take_switch("neat_packing")
     if packing and not neat:
         why = "rows that are packed do not see each other here"
