@@ -30,7 +30,7 @@ from trl import SFTTrainer
 
 from . import compat
 from .adapters import initialize_adapter, inject_adapter
-from .anatomy import plan_units
+from .anatomy import decoder_layers, plan_units
 from .checkpointing import LayerCheckpointing
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
 from .config import QLoRAFSDPConfig
@@ -47,6 +47,7 @@ from .inputs import (
     read_policy,
 )
 from .loader import load_quantized_model
+from .module_walks import spare_walks
 from .packed_attention import use_packed_attention
 from .ranks import log_once, rank
 from .resuming import ResumableTrainer
@@ -115,11 +116,13 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         if self.padding_free:
             use_packed_attention(base_model(self.model))
         self.checkpointing: LayerCheckpointing | None = None
+        names = self.sharding_policy.class_names
         if args.checkpoint_layers is not None:
-            base, names = base_model(self.model), self.sharding_policy.class_names
-            device = self.accelerator.device
+            base, device = base_model(self.model), self.accelerator.device
             self.checkpointing = LayerCheckpointing(self.model, base, args.checkpoint_layers, device, names)
             self.add_callback(self.checkpointing)
+        self.trained = spare_walks(self.model, list(decoder_layers(base_model(self.model), names).values()))
+        self._num_parameters = 0
         # What scripts call at their end, on the model instead of the trainer.
         self.model.save_pretrained = functools.partial(_save_pretrained, self.model)
         self.model.merge_and_unload = _refuse_merging
@@ -185,6 +188,19 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         if self.checkpointing is None:
             return super().training_step(model, inputs, num_items_in_batch)
         return self.checkpointing.run(self, super().training_step, inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if model is not self.model or self._has_mixed_mesh_grads(model):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        if "input_ids" not in inputs or not hasattr(self.model, "num_parameters"):
+            return super().floating_point_ops(inputs)
+        if not self._num_parameters:
+            self._num_parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._num_parameters
 
     # -- accelerate --------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,17 @@ LAYERS = [
     {"ranks"},
     {"kernels"},
     {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
-    | {"demo_model", "fsdp_state", "grouping", "packed_attention", "quantization", "translation", "watch", "weights"},
+    | {
+        "demo_model",
+        "fsdp_state",
+        "grouping",
+        "module_walks",
+        "packed_attention",
+        "quantization",
+        "translation",
+        "watch",
+        "weights",
+    },
     {"alpaca", "conversion", "expert_lora", "expert_stacks", "sharegpt"},
     {"experts"},
     {"adapter_edits", "adapters", "cache_writer", "config", "merge_folder", "planner", "recipes", "staging", "summary"},
