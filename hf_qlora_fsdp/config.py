@@ -328,8 +328,9 @@ class QLoRAFSDPConfig(SFTConfig):
         if self.expert_chunk is not None:
             try:
                 parse_bytes(self.expert_chunk)
-            except ValueError as error:
-                raise ValueError(f"expert_chunk={error}") from None
+            except ValueError:
+                given = f"expert_chunk={self.expert_chunk!r}"
+                raise refusal(given, "it is no size with a unit", 'Write "256MiB", or "1GiB".') from None
         if self.on_nonfinite not in ("stop", "skip"):
             given = f"on_nonfinite={self.on_nonfinite!r}"
             raise refusal(given, "a step with broken gradients cannot be taken", 'Write "stop", or "skip".')
