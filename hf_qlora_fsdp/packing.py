@@ -234,7 +234,10 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, module: PackedLinear4bit) -> torch.Tensor:
         ctx.module = module
-        return nn.functional.linear(x, dequantize(module.weight, module.layout, x.dtype), bias)
+        x_TK = x.reshape(-1, x.shape[-1])
+        y_TN = nn.functional.linear(x_TK, dequantize(module.weight, module.layout, x.dtype), bias)
+        # `linear` may return a view, which callers could not change in place: PEFT does, with adapters chosen by row.
+        return torch.ops.aten._unsafe_view(y_TN, (*x.shape[:-1], y_TN.shape[1]))
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:

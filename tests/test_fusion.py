@@ -228,6 +228,23 @@ def test_adapters_chosen_by_row(fused_calls):
     assert fused_calls == []
 
 
+def test_adapters_chosen_by_row_have_gradients():
+    """PEFT adds each adapter's part to its rows in place, so what the layer puts out must not be a view."""
+    model = make_model().eval()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["packed"], init_lora_weights=False))
+    model.bfloat16()
+    gradients = []
+    for names in (["default"] * 3, ["default", "other", "default"]):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name).grad = None
+        model(draw_input(), adapter_names=names).float().square().sum().backward()
+        layer = layer_of(model)
+        gradients.append({name: layer.lora_B[name].weight.grad for name in ("default", "other")})
+    assert gradients[0]["other"] is None or not gradients[0]["other"].any()
+    assert gradients[1]["other"].any() and gradients[1]["default"].any()
+    assert not torch.equal(gradients[0]["default"], gradients[1]["default"])
+
+
 def test_numbers_in_another_dtype_are_said_once(caplog, monkeypatch):
     monkeypatch.setattr(fusion, "_said", set())
     model = make_model()
