@@ -152,7 +152,9 @@ def _read_template(keys: ForeignKeys, name: Any, jinja: Any, used: bool) -> dict
     if not used:
         keys.note("chat_template", name or jinja, "the rows are no conversations, and the tokenizer keeps its own")
         return {}
-    if jinja is not None and name in (None, "jinja"):
+    if jinja is not None and name not in (None, "jinja"):
+        keys.note("chat_template_jinja", jinja, f"chat_template is {name}")
+    elif jinja is not None:
         if not str(jinja).endswith((".jinja", ".j2")):
             why = "TRL reads templates from files"
             instead = "Save it to template.jinja, and write chat_template_jinja: template.jinja."

@@ -123,8 +123,8 @@ def _read_schedule(keys: ForeignKeys) -> None:
             raise keys.refusal("warmup_ratio", ratio, "warmup_steps says it as well", "Remove one of them.")
         keys.values["warmup_steps"] = ratio  # a number below one is a share of the steps, in transformers 5
     older = keys.take("evaluation_strategy")
-    if older is not None:
-        keys.values.setdefault("eval_strategy", older)
+    if older is not None and keys.values.setdefault("eval_strategy", older) != older:
+        raise keys.refusal("evaluation_strategy", older, "eval_strategy says another", "Remove one of them.")
     if keys.take_switch("group_by_length"):
         keys.values["train_sampling_strategy"] = "group_by_length"
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
