@@ -1,7 +1,7 @@
 """What an Axolotl file says of the steps: how many rows one takes, at which rate, and when to save and to evaluate.
 
-Where Axolotl counts times an epoch, transformers has a share of all steps, and `epoch` for once. What a file says twice,
-in two ways, has to agree.
+Where Axolotl counts times an epoch, transformers has a share of all steps, and `epoch` for once. What a file says in
+two ways has to agree.
 """
 
 from __future__ import annotations
