@@ -464,6 +464,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         ({"message_property_mappings": {"weight": "weight"}}, "weight"),
         ({"message_field_content": "words"}, "words"),
         ({"roles_to_train": ["assistant", "user"]}, "roles_to_train"),
+        ({"roles_to_train": []}, "roles_to_train"),
         ({"train_on_eos": "last"}, "train_on_eos"),
         ({"chat_template": "chatml"}, "chat_template_jinja"),
         ({"chat_template_jinja": "{{ messages }}"}, "template.jinja"),
@@ -547,10 +548,11 @@ def test_every_key_has_one_fate_and_those_that_are_read_are_tested():
         (ROW, {"path": "some/rows"}, {"dataset_format": "alpaca", "completion_only_loss": True}),
         ({**ROW, "name": "en", "split": "train[:9]"}, {"path": "some/rows", "name": "en", "split": "train[:9]"}, {}),
         ({**ROW, "path": "rows.jsonl", "ds_type": "json"}, {"path": "rows.jsonl"}, {}),
-        ({**ROW, "path": "rows", "ds_type": "json"}, {"path": "json", "data_files": "rows"}, {}),
+        ({**ROW, "path": "without_ending", "ds_type": "json"}, {"path": "json", "data_files": "without_ending"}, {}),
+        ({**ROW, "ds_type": "json"}, {"path": "some/rows"}, {}),
         (
-            {**ROW, "path": "rows", "ds_type": "json", "data_files": ["a.jsonl", "b.jsonl"]},
-            {"path": "json", "data_files": ["rows/a.jsonl", "rows/b.jsonl"]},
+            {**ROW, "ds_type": "json", "data_files": ["a.jsonl", "b.jsonl"]},
+            {"path": "some/rows", "data_files": ["a.jsonl", "b.jsonl"]},
             {},
         ),
         ({**ROW, "data_files": "a.jsonl"}, {"path": "some/rows", "data_files": "a.jsonl"}, {}),
@@ -581,7 +583,9 @@ def test_every_key_has_one_fate_and_those_that_are_read_are_tested():
         ),
     ],
 )
-def test_a_dataset_of_axolotl(entry, dataset, form):
+def test_a_dataset_of_axolotl(entry, dataset, form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "without_ending").write_text("[]")
     arguments, _ = read_axolotl({**AXOLOTL, "datasets": [entry]})
     assert arguments["datasets"] == [{"split": "train", **dataset}]
     assert {name: arguments.get(name) for name in form} == form
