@@ -409,6 +409,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     for changes, words in [
         ({"adapter": None}, "adapter: qlora"),
         ({"load_in_4bit": False}, "load_in_4bit: true"),
+        ({"adapter": None, "lora_r": None}, "adapter: qlora"),
         ({"peft_autocast_adapter_dtype": False}, "float32"),
         ({"peft_init_lora_weights": "pissa"}, "pissa"),
         ({"lora_target_linear": False}, "lora_target_modules"),

@@ -67,6 +67,7 @@ def read_axolotl(file: dict[Any, Any]) -> tuple[dict[str, object], list[str]]:
     keys = ForeignKeys(PROGRAM, file)
     keys.check(KEYS)
     keys.refuse(REFUSED, HARMLESS)
+    _check_adapter(keys)
     for key, what in (
         ("base_model", "the model"),
         ("datasets", "the data"),
@@ -87,12 +88,15 @@ def read_axolotl(file: dict[Any, Any]) -> tuple[dict[str, object], list[str]]:
     return keys.values | {name: value for name, value in DEFAULTS.items() if name not in keys.values}, keys.notes
 
 
-def _read_adapter(keys: ForeignKeys) -> None:
+def _check_adapter(keys: ForeignKeys) -> None:
     adapter, in_4bit = keys.take("adapter"), keys.take_switch("load_in_4bit")
     if adapter not in ("qlora", "lora") or not in_4bit:
         given = f"{adapter!r} with load_in_4bit: {str(in_4bit).lower()}"
         why = "the base model is frozen in 4 bits here, and an adapter is what is trained"
         raise keys.refusal("adapter", given, why, "Write adapter: qlora and load_in_4bit: true.")
+
+
+def _read_adapter(keys: ForeignKeys) -> None:
     keys.values["use_peft"] = True
     if not keys.take_switch("peft_autocast_adapter_dtype", True):
         why = "what is trained is float32, whatever the base model is"
