@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..translation import nearest, parse_bool, translate_fsdp
+from ..translation import nearest, parse_bool, refusal, translate_fsdp
 from .axolotl_data import read_data
 from .axolotl_keys import DEFAULTS, HARMLESS, LORA, OTHER_MODEL, READ, REFUSED, RENAMED, UNUSED
 from .axolotl_steps import read_batches, read_saving, read_schedule
@@ -91,9 +91,11 @@ def read_axolotl(file: dict[Any, Any]) -> tuple[dict[str, object], list[str]]:
 def _check_adapter(keys: ForeignKeys) -> None:
     adapter, in_4bit = keys.take("adapter"), keys.take_switch("load_in_4bit")
     if adapter not in ("qlora", "lora") or not in_4bit:
-        given = f"{adapter!r} with load_in_4bit: {str(in_4bit).lower()}"
-        why = "the base model is frozen in 4 bits here, and an adapter is what is trained"
-        raise keys.refusal("adapter", given, why, "Write adapter: qlora and load_in_4bit: true.")
+        raise refusal(
+            f"adapter: {adapter or ''} with load_in_4bit: {str(in_4bit).lower()} in a file of {PROGRAM}",
+            "the base model is frozen in 4 bits here, and an adapter is what is trained",
+            "Write adapter: qlora and load_in_4bit: true.",
+        )
 
 
 def _read_adapter(keys: ForeignKeys) -> None:

@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ..translation import nearest, refuse_unsupported, translate_fsdp
+from ..translation import nearest, refusal, refuse_unsupported, translate_fsdp
 from .foreign_keys import ForeignKeys
 from .llama_factory_keys import DEFAULTS, HARMLESS, READ, REFUSED, RENAMED, TEMPLATE, UNUSED
 
@@ -82,8 +82,11 @@ def _read_method(keys: ForeignKeys) -> None:
             raise keys.refusal(key, value, why, instead)
     bits, method = keys.take("quantization_bit"), keys.take("quantization_method", "bnb")
     if bits != 4 or method not in ("bnb", "bitsandbytes"):
-        why = "frozen weights are in 4 bits of bitsandbytes here"
-        raise keys.refusal("quantization_bit", f"{bits} by {method}", why, "Write quantization_bit: 4, and no method.")
+        raise refusal(
+            f"quantization_bit: {bits or ''} with quantization_method: {method} in a file of {PROGRAM}",
+            "frozen weights are in 4 bits of bitsandbytes here",
+            "Write quantization_bit: 4, and no method.",
+        )
     keys.values["use_peft"] = True
     names = _split(keys.take("lora_target", "all"))
     if names == ["all"]:
