@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from hf_qlora_fsdp import cli, environment_checks, gpu_checks, live_test
+from hf_qlora_fsdp import cli, environment_checks, gpu_checks, host_checks, live_test
 from hf_qlora_fsdp.compat.versions import LIBRARIES, Support
 from hf_qlora_fsdp.examination import CHECKS
 from hf_qlora_fsdp.findings import Finding, format_finding
@@ -131,7 +131,7 @@ def test_a_hanging_check_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     hang = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     (tmp_path / "packaging" / "__init__.py").write_text(hang)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    checks = [examination.Check(check.name, check.run, timeout_seconds=1.5) for check in CHECKS]
+    checks = [examination.Check(check.name, check.run, timeout_seconds=3) for check in CHECKS]
     monkeypatch.setattr(examination, "CHECKS", checks)
     found = list(examination.examine(["packaging", "shared memory"]))
     assert [name for name, _ in found] == ["packaging", "shared memory"]
@@ -260,6 +260,16 @@ def test_variables_that_hurt(environ: dict[str, str], expected: list[str]) -> No
     assert [finding.level for finding in findings] == expected
     for finding in findings:
         assert any(finding.what.startswith(name) for name in environ)
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("HF_QLORA_FSDP_SHARD_CACHE_DIR", str(tmp_path / "not there yet"))
+    monkeypatch.chdir(tmp_path)
+    home, shards, working = host_checks.check_disks()
+    assert home.level == "error" and f"{tmp_path}/file is a file" in home.what and "export HF_HOME" in home.fix
+    assert shards.level == working.level != "error" and not (tmp_path / "not there yet").exists()
 
 
 def test_the_topology_is_read() -> None:
