@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .loader import load_quantized_model as load_quantized_model
     from .merging import merge_adapter as merge_adapter
     from .notebook import notebook_launch as notebook_launch
+    from .planner import estimate_memory as estimate_memory
+    from .planner import plan as plan
     from .sharding import shard_model as shard_model
     from .trainer import QLoRAFSDPTrainer as QLoRAFSDPTrainer
 
@@ -21,9 +23,11 @@ _HOME = {
     "QLoRAFSDPConfig": "config",
     "QLoRAFSDPTrainer": "trainer",
     "check_adapter": "checking",
+    "estimate_memory": "planner",
     "load_quantized_model": "loader",
     "merge_adapter": "merging",
     "notebook_launch": "notebook",
+    "plan": "planner",
     "save_adapter": "export",
     "shard_model": "sharding",
 }
