@@ -10,6 +10,7 @@ from typing import Any
 
 from .demo import add_arguments as add_demo_arguments
 from .doctor import add_arguments as add_doctor_arguments
+from .planning import add_arguments as add_plan_arguments
 from .rehearsal import add_arguments as add_rehearsal_arguments
 from .translation import refusal
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_demo_arguments(demo)
     demo.set_defaults(run=_run_demo)
+    _add_plan(commands)
     _add_rehearse(commands)
     _add_train(commands)
     _add_merge(commands)
@@ -72,6 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_demo(args: argparse.Namespace) -> int:
     from .demo import launch
+
+    return launch(args)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="see which settings fit and how fast they are, from config.json alone",
+        description="Add up what a run takes of cards, host and disk, by cause, try the settings there are, and name "
+        "the fastest that fits. Arithmetic alone: no weight is read and no card is asked. Exits with 0 if something "
+        "fits, with 1 otherwise, and says then what is the least that would have to change.",
+    )
+    add_plan_arguments(plan)
+    plan.set_defaults(run=_run_plan)
+
+
+def _run_plan(args: argparse.Namespace) -> int:
+    from .planning import launch
 
     return launch(args)
 

@@ -44,21 +44,18 @@ class Check:
         name (`str`): Its name, as printed.
         run (`Callable`): Answers it with findings.
         needs (`tuple[str, ...]`): Checks without whose success it makes no sense.
-        first (`Callable`, *optional*): Answers what can be asked in any case. If it finds an error, that is all.
         timeout_seconds (`float`): How long it may take.
     """
 
     name: str
     run: Callable[[], Iterable[Finding]]
     needs: tuple[str, ...] = ()
-    first: Callable[[], Iterable[Finding]] | None = None
     timeout_seconds: float = 120
 
 
 _LIBRARIES: dict[str, tuple[str, ...]] = {
     "packaging": (),
     "psutil": (),
-    "pyyaml": (),
     "dill": (),
     "torch": (),
     "safetensors": (),
@@ -77,15 +74,7 @@ LIVE_TEST = "live test"
 CHECKS = (
     Check("python", software_checks.check_python),
     Check("environment", environment_checks.check_environment),
-    *(
-        Check(
-            name,
-            partial(software_checks.check_import, name),
-            needs,
-            first=partial(software_checks.check_version, name),
-        )
-        for name, needs in _LIBRARIES.items()
-    ),
+    *(Check(name, partial(software_checks.check_library, name), needs) for name, needs in _LIBRARIES.items()),
     Check("hf_qlora_fsdp", software_checks.check_package, tuple(_LIBRARIES)),
     Check("gpus", gpu_checks.check_gpus, ("torch",)),
     Check("links", gpu_checks.check_links, ("torch", "gpus")),
@@ -97,12 +86,7 @@ CHECKS = (
     Check("locked memory", host_checks.check_locked_memory, ("psutil", "torch")),
     Check("shared memory", host_checks.check_shared_memory),
     Check("disks", host_checks.check_disks),
-    Check(
-        LIVE_TEST,
-        live_test.check_live,
-        (*_FOR_LOADING, "gpus", "collectives"),
-        timeout_seconds=live_test.TIMEOUT_SECONDS + 60,
-    ),
+    Check(LIVE_TEST, live_test.check_live, (*_FOR_LOADING, "gpus", "collectives"), live_test.TIMEOUT_SECONDS + 60),
 )
 
 Report = tuple[str, Finding]
@@ -230,21 +214,13 @@ def _answer_all(names: Sequence[str], failed: set[str], out: IO[str]) -> None:
 
 
 def _answer(check: Check, failed: set[str]) -> Iterator[Finding]:
-    if check.first is not None:
-        yield from _guard(check.first)
-        if check.name in failed:
-            return
     missing = [name for name in check.needs if name in failed]
     if missing:
         failed.add(check.name)  # for those that need it in turn
-        yield note("Not tried.", f"It needs {', '.join(missing)}, see above.")
+        yield note("Not looked at.", f"It needs {', '.join(missing)}, see above.")
         return
-    yield from _guard(check.run)
-
-
-def _guard(ask: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
     try:
-        yield from ask()
+        yield from check.run()
     except Exception as problem:
         where = traceback.extract_tb(problem.__traceback__)[-1]
         yield error(

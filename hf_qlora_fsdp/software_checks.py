@@ -15,13 +15,11 @@ import os
 import pkgutil
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from .findings import Finding, error, note, ok, warning
-
-MODULES = {"pyyaml": "yaml"}
-"""What is imported under another name than it is installed."""
 
 OLDEST_PYTHON, NEWEST_TESTED_PYTHON = (3, 10), (3, 12)
 
@@ -54,47 +52,45 @@ def check_python() -> Iterator[Finding]:
         )
 
 
-def check_version(name: str) -> Iterator[Finding]:
-    """Is a library installed, in a version that is supported?"""
+def check_library(name: str) -> Iterator[Finding]:
+    """Is a library there, in a good version, and can it be imported?"""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         yield error(f"{name} is not installed.", "The package needs it.", f'pip install "{_requirement(name)}"')
         return
+    started = time.monotonic()
     try:
-        from .compat.versions import LIBRARIES
-    except ImportError:  # packaging, which compares versions, is what is missing
-        yield note(f"{name} {version}", "Without packaging, nobody can say whether that is a good version.")
+        module = importlib.import_module(name)
+    except BaseException as problem:  # what runs on import may raise anything, SystemExit too
+        yield _explain_import(name, version, problem)
         return
+    if getattr(module, "__file__", None) is None:
+        yield error(
+            f"`import {name}` finds a folder, {', '.join(getattr(module, '__path__', []))}, not {name} {version}.",
+            "A folder of that name lies in the working directory or in PYTHONPATH, and comes before the library.",
+            "Rename the folder, or run from another directory.",
+        )
+        return
+    yield _judge_version(name, version, time.monotonic() - started)
+
+
+def _judge_version(name: str, version: str, seconds: float) -> Finding:
+    from .compat.versions import LIBRARIES
+
     support = LIBRARIES[name]
+    tested = f"tested: {', '.join(support.tested)}" if support.tested else "any version"
+    said = f"{name} {version} ({tested}), imported in {seconds:.1f} s"
     verdict = support.judge(version)
     if verdict in ("too old", "too new"):
-        yield error(
+        return error(
             f"{name} {version} is {verdict}: {support.supported} is supported.",
             f"The code relies on what {name} does in these versions.",
             f'pip install "{_requirement(name)}", or {name}=={support.tested[-1]}, which the tests were run with',
         )
-    elif verdict:
-        why = f"Newer than what the tests were run with. If in doubt, {name}=={support.tested[-1]}."
-        yield note(f"{name} {version}", why)
-    else:
-        yield ok(f"{name} {version}" + (f" (tested: {', '.join(support.tested)})" if support.tested else ""))
-
-
-def check_import(name: str) -> Iterator[Finding]:
-    """Can a library be imported? Says nothing if it can."""
-    module_name = MODULES.get(name, name)
-    try:
-        module = importlib.import_module(module_name)
-    except BaseException as problem:  # what runs on import may raise anything, SystemExit too
-        yield _explain_import(name, module_name, problem)
-        return
-    if getattr(module, "__file__", None) is None:
-        yield error(
-            f"`import {module_name}` finds a folder, {', '.join(getattr(module, '__path__', []))}, not the library.",
-            "A folder of that name lies in the working directory or in PYTHONPATH, and comes before the library.",
-            "Rename the folder, or run from another directory.",
-        )
+    if verdict:
+        return note(said, f"Newer than what the tests were run with. If in doubt, {name}=={support.tested[-1]}.")
+    return ok(said)
 
 
 def _requirement(name: str, *, pinned: bool = False) -> str:
@@ -111,14 +107,10 @@ def _reinstall(name: str) -> str:
     return f'pip install --force-reinstall --no-deps "{_requirement(name, pinned=True)}"'
 
 
-def _explain_import(name: str, module_name: str, problem: BaseException) -> Finding:
-    said = f"{name} is installed and cannot be imported: {_describe(problem)}"
+def _explain_import(name: str, version: str, problem: BaseException) -> Finding:
+    said = f"{name} {version} is installed and cannot be imported: {_describe(problem)}"
     missing = (getattr(problem, "name", None) or "").partition(".")[0]
-    if (
-        isinstance(problem, ModuleNotFoundError)
-        and missing not in ("", module_name)
-        and importlib.util.find_spec(missing) is None
-    ):
+    if isinstance(problem, ModuleNotFoundError) and missing != name and importlib.util.find_spec(missing) is None:
         return error(said, f"{name} needs {missing}, which is not there.", f"pip install {missing}")
     return error(
         said,

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from hf_qlora_fsdp import cli, environment_checks, gpu_checks, host_checks, live_test
+from hf_qlora_fsdp import cli, environment_checks, gpu_checks, live_test
 from hf_qlora_fsdp.compat.versions import LIBRARIES, Support
 from hf_qlora_fsdp.examination import CHECKS
 from hf_qlora_fsdp.findings import Finding, format_finding
@@ -106,21 +106,12 @@ def test_a_broken_machine_is_examined_to_the_end(reports: dict[str, Any]) -> Non
         ("datasets", "killed by SIGSEGV", "Reinstall the library"),
         ("accelerate", "0.34.2 is too old: >=1.15", 'pip install "accelerate>=1.15"'),
     ):
-        assert levels(report, check)[-1] == "error" and levels(report, check).count("error") == 1
+        assert levels(report, check) == ["error"]
         assert what in said(report, check) and fix in said(report, check)
     for check in ("peft", "trl", "hf_qlora_fsdp", "quantisation", "live test"):
-        assert "It needs" in said(report, check) and levels(report, check)[-1] == "note"
+        assert "It needs" in said(report, check) and levels(report, check) == ["note"]
     for check in ("python", "torch", "safetensors", "memory", "disks"):
         assert "error" not in levels(report, check)
-
-
-def test_a_python_without_any_library_is_told_all_that_is_missing(tmp_path: Path) -> None:
-    venv.create(tmp_path, with_pip=False, symlinks=True)
-    doctor = start_doctor("--json", python=str(tmp_path / "bin" / "python"))
-    out, err = doctor.communicate(timeout=60)
-    assert doctor.returncode == 1 and not err
-    for name in LIBRARIES:
-        assert f"{name} is not installed." in said(json.loads(out), name)
 
 
 def test_a_hanging_check_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -131,7 +122,7 @@ def test_a_hanging_check_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     hang = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     (tmp_path / "packaging" / "__init__.py").write_text(hang)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    checks = [examination.Check(check.name, check.run, timeout_seconds=3) for check in CHECKS]
+    checks = [examination.Check(check.name, check.run, timeout_seconds=1.5) for check in CHECKS]
     monkeypatch.setattr(examination, "CHECKS", checks)
     found = list(examination.examine(["packaging", "shared memory"]))
     assert [name for name, _ in found] == ["packaging", "shared memory"]
@@ -260,16 +251,6 @@ def test_variables_that_hurt(environ: dict[str, str], expected: list[str]) -> No
     assert [finding.level for finding in findings] == expected
     for finding in findings:
         assert any(finding.what.startswith(name) for name in environ)
-
-
-def test_a_folder_that_cannot_be_written_to_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "cache"))
-    monkeypatch.setenv("HF_QLORA_FSDP_SHARD_CACHE_DIR", str(tmp_path / "not there yet"))
-    monkeypatch.chdir(tmp_path)
-    home, shards, working = host_checks.check_disks()
-    assert home.level == "error" and f"{tmp_path}/file is a file" in home.what and "export HF_HOME" in home.fix
-    assert shards.level == working.level != "error" and not (tmp_path / "not there yet").exists()
 
 
 def test_the_topology_is_read() -> None:
