@@ -51,6 +51,7 @@ from .module_walks import spare_walks
 from .packed_attention import use_packed_attention
 from .ranks import log_once, rank
 from .resuming import ResumableTrainer
+from .shard_steps import clip_gradients, step_on_shards
 from .sharding import (
     base_model,
     check_sharded,
@@ -189,11 +190,16 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         return self.checkpointing.run(self, super().training_step, inputs, num_items_in_batch)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        step_on_shards(optimizer)
+        return optimizer
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if model is not self.model or self._has_mixed_mesh_grads(model):
+        if model is not self.model:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        return nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        return clip_gradients(self.trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         if "input_ids" not in inputs or not hasattr(self.model, "num_parameters"):

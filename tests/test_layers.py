@@ -27,6 +27,7 @@ LAYERS = [
         "module_walks",
         "packed_attention",
         "quantization",
+        "shard_steps",
         "translation",
         "watch",
         "weights",
