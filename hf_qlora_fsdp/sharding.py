@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -128,7 +128,10 @@ def shard_unit(
     if unit.keep_gathered:
         changes["reshard_after_forward"] = False
         logging.getLogger("torch.distributed.fsdp.fully_shard").addFilter(_UNRUN_HEAD)
+    looked_up_alone = all(type(module) is nn.Embedding for module in modules)  # FSDP changes the classes
     policy.fully_shard(modules if len(modules) > 1 else modules[0], mesh, ignored, **changes)
+    if looked_up_alone:  # by its indices alone, its gradient is made; FSDP would gather it behind the first layer
+        cast(FSDPModule, modules[0]).set_unshard_in_backward(False)
     if store is not None:
         store.memory.seal()
     label_packed(modules)

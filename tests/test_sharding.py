@@ -305,6 +305,30 @@ def test_gradient_of_a_trained_head_is_reduced(ranks, tmp_path, tie):
             assert_identical(computed, expected[rank])
 
 
+def count_gathered(rank: int, folder: str) -> list[str]:
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    model = load_quantized_model(folder, peft_config=LoraConfig(**LORA), progress=False)
+    gathered, gather = [], group.foreach_all_gather
+
+    def count(params: list[Any], *rest: Any) -> Any:
+        gathered.append(params[0]._param_fqn)
+        return gather(params, *rest)
+
+    loss = model(input_ids=INPUT_IDS[rank : rank + 1], labels=INPUT_IDS[rank : rank + 1]).loss
+    group.foreach_all_gather = count
+    try:
+        loss.backward()
+    finally:
+        group.foreach_all_gather = gather
+    return gathered
+
+
+def test_backward_does_not_gather_the_embedding(ranks, tmp_path):
+    for gathered in ranks.run(count_gathered, make_checkpoint(tmp_path, "llama")):
+        assert len(gathered) == 2 and not any("embed_tokens" in name for name in gathered), gathered
+
+
 # ---- Storage ---------------------------------------------------------------------------------------------------------
 
 
