@@ -16,6 +16,7 @@ Shape suffixes: T tokens, K hidden size, I inner size, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,22 +49,38 @@ class _Gated(torch.autograd.Function):
         # What checkpointing has made again can be taken once, and `_Down` has.
         (x, g, u, gate_h, up_h), ctx.handed_on = ctx.handed_on, None
         needs_x, *needs = ctx.needs_input_grad[:5]
-        grads = [None] * 4  # of A and B of gate and up
         x_TK, dm_TI = x.reshape(-1, x.shape[-1]), dm.view(-1, dm.shape[-1])
         dg_TI, du_TI = silu_product_gradients(dm_TI, g.view(dm_TI.shape), u.view(dm_TI.shape))
-        dx = None
-        for index, (d_TI, layer, h_TR, scaling) in enumerate(
-            zip((dg_TI, du_TI), ctx.layers, (gate_h, up_h), ctx.scalings, strict=True)
-        ):
-            if needs[2 * index + 1]:
-                grads[2 * index + 1] = backward_to_b(d_TI, h_TR, scaling)
-            if needs_x or needs[2 * index]:
-                dh_TR = backward_through_b(d_TI, layer, scaling)
-            if needs[2 * index]:
-                grads[2 * index] = dh_TR.t().mm(x_TK)
-            if needs_x:
-                dx = backward_to_input(d_TI, dh_TR, layer, dx)
-        return (None if dx is None else dx.view(x.shape), *grads, None, None)
+        del g, u  # before the 16-bit weights are made
+        (gate, up), (gate_scaling, up_scaling) = ctx.layers, ctx.scalings
+        dx_TK, *gate_grads = _backward_of_layer(x_TK, dg_TI, gate_h, gate, gate_scaling, needs_x, needs[:2], None)
+        del dg_TI
+        dx_TK, *up_grads = _backward_of_layer(x_TK, du_TI, up_h, up, up_scaling, needs_x, needs[2:], dx_TK)
+        return (None if dx_TK is None else dx_TK.view(x.shape), *gate_grads, *up_grads, None, None)
+
+
+def _backward_of_layer(
+    x_TK: torch.Tensor,
+    d_TI: torch.Tensor,
+    h_TR: torch.Tensor,
+    layer: LoraWeights,
+    scaling: float,
+    needs_x: bool,
+    needs: Sequence[bool],
+    dx_TK: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return dx, added into the one that is given, dA and dB of gate or up, each if it is needed."""
+    needs_a, needs_b = needs
+    da_RK = db_IR = None
+    if needs_b:
+        db_IR = backward_to_b(d_TI, h_TR, scaling)
+    if needs_x or needs_a:
+        dh_TR = backward_through_b(d_TI, layer, scaling)
+    if needs_a:
+        da_RK = dh_TR.t().mm(x_TK)
+    if needs_x:
+        dx_TK = backward_to_input(d_TI, dh_TR, layer, dx_TK)
+    return dx_TK, da_RK, db_IR
 
 
 class _Down(torch.autograd.Function):
