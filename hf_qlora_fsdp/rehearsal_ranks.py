@@ -170,7 +170,8 @@ class Rehearsal:
         limit = self.cap.limit_bytes if self.cap else None
         return {
             "model": self.options.model,
-            "options": {name: value for name, value in vars(self.options).items() if name != "model"},
+            # Under torchrun they are those of the command line, `run` among them.
+            "options": {name: value for name, value in vars(self.options).items() if name not in ("model", "run")},
             "world_size": world_size(),
             "device": torch.cuda.get_device_name(self.device) if on_gpu else "CPU",
             "device_bytes": torch.cuda.mem_get_info(self.device)[1] if on_gpu else None,
