@@ -12,6 +12,7 @@ of two: 64 MB for the 33 MB of a 70B model's query weight.)
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import mmap
@@ -29,6 +30,9 @@ from .ranks import log_once, rank, world_size
 from .units import format_bytes
 
 _FORMAT = 1
+_LIBC = ctypes.CDLL(None)
+_READ_AHEAD_BYTES = 128 << 10
+"""What Linux reads of a file at one request, unless a disk's `read_ahead_kb` says more; the rest it would ignore."""
 
 
 class HostMemory:
@@ -221,6 +225,19 @@ class KeptFile(MappedFile):
             f"{str(self.path)!r} cannot be used for offloading: {why}. Delete it if nobody needs it, or name another "
             "cpu_offload_dir."
         )
+
+
+def read_ahead(region: torch.Tensor) -> None:
+    """Ask the system for a region that is about to be read, all of it at once: of what is in swap or in a file alone,
+    it would fetch a few pages each time that one is missed.
+
+    Args:
+        region (`torch.Tensor`): A region that was allocated here, or its beginning, on the host.
+    """
+    start, num_bytes = region.data_ptr(), region.numel()
+    for offset in range(0, num_bytes, _READ_AHEAD_BYTES):
+        length = min(_READ_AHEAD_BYTES, num_bytes - offset)
+        _LIBC.madvise(ctypes.c_void_p(start + offset), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
 def _map_memory(num_bytes: int) -> tuple[mmap.mmap | None, torch.Tensor]:

@@ -24,7 +24,7 @@ from typing import Protocol
 
 import torch
 
-from .host_memory import HostMemory, PinnedMemory
+from .host_memory import HostMemory, PinnedMemory, read_ahead
 from .ranks import local_world_size
 
 NUM_SLOTS = 3  # one on its way, two being filled
@@ -101,6 +101,7 @@ class StagingRing:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, free: torch.cuda.Event | None) -> None:
+    read_ahead(source)
     if free is not None:
         free.synchronize()
     target.copy_(source)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import random
 import threading
+import time
 
 import pytest
 import torch
 
 from hf_qlora_fsdp import staging
+from hf_qlora_fsdp.host_memory import MappedFile, read_ahead
 from hf_qlora_fsdp.staging import NUM_SLOTS, StagingRing
 
 CPU = torch.device("cpu")
@@ -103,3 +108,30 @@ def test_only_the_staging_thread_copies_on_several_cores(units):
     before = torch.get_num_threads()
     fetch(StagingRing(CPU, LARGEST), units[0])
     assert torch.get_num_threads() == before
+
+
+def count_pages_in_memory(region: torch.Tensor) -> int:
+    pages = (ctypes.c_ubyte * (-(-region.numel() // mmap.PAGESIZE)))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(region.data_ptr()), ctypes.c_size_t(region.numel()), pages) == 0
+    return sum(page & 1 for page in pages)
+
+
+def test_reading_ahead_brings_in_a_whole_region(tmp_path):
+    memory = MappedFile(tmp_path)
+    region = memory.allocate(1 << 24)
+    content = torch.arange(1 << 21).view(torch.uint8)
+    memory.fill(region, content)
+    memory.seal()
+    os.fsync(memory.file.fileno())
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(region.data_ptr()), ctypes.c_size_t(region.numel()), mmap.MADV_DONTNEED)
+    os.posix_fadvise(memory.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    num_pages = region.numel() // mmap.PAGESIZE
+    if count_pages_in_memory(region) > num_pages // 10:
+        pytest.skip("this file system keeps its pages in memory")
+    read_ahead(region)
+    deadline = time.monotonic() + 30
+    while count_pages_in_memory(region) < num_pages:
+        assert time.monotonic() < deadline, count_pages_in_memory(region)
+        time.sleep(0.01)
+    assert torch.equal(region, content)
+    read_ahead(region[:0])
