@@ -22,8 +22,8 @@ implementation (the T k rows of both products), a forward or backward takes at m
     max(chunk_bytes, N K b) (1 + 4 / (64 b))    bytes,
 
 with N K the larger projection of one expert, b the bytes of the compute dtype, and 64 weights a block, whose scale is
-unpacked to 4 bytes. (`grouped_mm` makes the result of a chunk before it is put in its place.) Mixtral-8x7B: 264 MiB
-with the default chunk, where a whole layer would be 2.6 GiB.
+unpacked to 4 bytes where there is no Triton. (`grouped_mm` makes the result of a chunk before it is put in its place.)
+Mixtral-8x7B: 264 MiB with the default chunk, where a whole layer would be 2.6 GiB.
 
 Shape suffixes: T tokens, k experts a token, S = T k rows, E experts, H columns of the model, N and K the rows and
 columns of a matrix as it is stored.

@@ -51,14 +51,17 @@ class Groups:
             num_groups (`int`): How many groups there are.
             fused (`bool`): See `Groups`.
         """
-        sizes = torch.bincount(group_of_row, minlength=num_groups)
-        assert len(sizes) == num_groups, "rows of groups that do not exist"
-        return cls(sizes.cumsum(0, dtype=torch.int32), len(group_of_row), fused)
+        # Not bincount: on GPUs, it waits for the device.
+        numbers = torch.arange(num_groups, device=group_of_row.device)
+        ends = torch.searchsorted(group_of_row, numbers, right=True, out_int32=True)
+        return cls(ends, len(group_of_row), fused)
 
     @functools.cached_property
     def bounds(self) -> list[int]:
         """Return the first row of each group, and the number of rows. Waits for the device, once."""
-        return [0, *self.ends.tolist()]
+        bounds = [0, *self.ends.tolist()]
+        assert bounds[-1] == self.num_rows, "rows of groups that do not exist"
+        return bounds
 
     def rows(self, start: int, stop: int) -> slice:
         """Return the rows of the groups from `start` up to `stop`."""
