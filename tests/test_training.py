@@ -154,7 +154,10 @@ def test_under_a_launcher_it_is_the_same(launcher: str, finished: Any, folder: P
 
 @pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(finished: Any, folder: Path) -> None:
-    command = [sys.executable, *COMMAND, *arguments(folder, "stopped")]
+    # What takes time between steps and changes nothing, so that the signal finds the run still going.
+    slowly = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1, "save_steps": 1}
+    rows = folder / "conversational.json"
+    command = [sys.executable, *COMMAND, *arguments(folder, "stopped", eval_dataset_name=rows, **slowly)]
     running = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     assert running.stdout is not None
     for line in running.stdout:
