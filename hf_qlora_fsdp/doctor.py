@@ -1,7 +1,8 @@
 """`hf-qlora-fsdp doctor`: will a run work on this machine, and if not, what is to be done?
 
     examination.py          asks, in a process that may die of the answer
-      software_checks.py      Python, libraries and versions, patches, the 4-bit arithmetic
+      software_checks.py      Python, libraries and versions, patches
+      kernel_checks.py        the 4-bit arithmetic
       environment_checks.py   variables that hurt
       gpu_checks.py           GPUs, links between them, NCCL and gloo
       host_checks.py          memory, pinned memory, disks

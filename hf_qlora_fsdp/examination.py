@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
 
-from . import environment_checks, gpu_checks, host_checks, live_test, software_checks
+from . import environment_checks, gpu_checks, host_checks, kernel_checks, live_test, software_checks
 from .findings import Finding, error, note
 
 _GRACE_SECONDS = 15
@@ -44,18 +44,21 @@ class Check:
         name (`str`): Its name, as printed.
         run (`Callable`): Answers it with findings.
         needs (`tuple[str, ...]`): Checks without whose success it makes no sense.
+        first (`Callable`, *optional*): Answers what can be asked in any case. If it finds an error, that is all.
         timeout_seconds (`float`): How long it may take.
     """
 
     name: str
     run: Callable[[], Iterable[Finding]]
     needs: tuple[str, ...] = ()
+    first: Callable[[], Iterable[Finding]] | None = None
     timeout_seconds: float = 120
 
 
 _LIBRARIES: dict[str, tuple[str, ...]] = {
     "packaging": (),
     "psutil": (),
+    "pyyaml": (),
     "dill": (),
     "torch": (),
     "safetensors": (),
@@ -74,19 +77,32 @@ LIVE_TEST = "live test"
 CHECKS = (
     Check("python", software_checks.check_python),
     Check("environment", environment_checks.check_environment),
-    *(Check(name, partial(software_checks.check_library, name), needs) for name, needs in _LIBRARIES.items()),
+    *(
+        Check(
+            name,
+            partial(software_checks.check_import, name),
+            needs,
+            first=partial(software_checks.check_version, name),
+        )
+        for name, needs in _LIBRARIES.items()
+    ),
     Check("hf_qlora_fsdp", software_checks.check_package, tuple(_LIBRARIES)),
     Check("gpus", gpu_checks.check_gpus, ("torch",)),
     Check("links", gpu_checks.check_links, ("torch", "gpus")),
     Check("collectives", gpu_checks.check_collectives, ("torch",)),
-    Check("quantisation", software_checks.check_bitsandbytes, ("torch", "bitsandbytes")),
-    Check("kernels", software_checks.check_kernels, ("torch", "bitsandbytes", "quantisation")),
+    Check("quantisation", kernel_checks.check_bitsandbytes, ("torch", "bitsandbytes")),
+    Check("kernels", kernel_checks.check_kernels, ("torch", "bitsandbytes", "quantisation")),
     Check("patches", software_checks.check_patches, ("packaging", "torch", "accelerate")),
     Check("memory", host_checks.check_memory, ("psutil", "torch")),
     Check("locked memory", host_checks.check_locked_memory, ("psutil", "torch")),
     Check("shared memory", host_checks.check_shared_memory),
     Check("disks", host_checks.check_disks),
-    Check(LIVE_TEST, live_test.check_live, (*_FOR_LOADING, "gpus", "collectives"), live_test.TIMEOUT_SECONDS + 60),
+    Check(
+        LIVE_TEST,
+        live_test.check_live,
+        (*_FOR_LOADING, "gpus", "collectives"),
+        timeout_seconds=live_test.TIMEOUT_SECONDS + 60,
+    ),
 )
 
 Report = tuple[str, Finding]
@@ -214,13 +230,21 @@ def _answer_all(names: Sequence[str], failed: set[str], out: IO[str]) -> None:
 
 
 def _answer(check: Check, failed: set[str]) -> Iterator[Finding]:
+    if check.first is not None:
+        yield from _guard(check.first)
+        if check.name in failed:
+            return
     missing = [name for name in check.needs if name in failed]
     if missing:
         failed.add(check.name)  # for those that need it in turn
-        yield note("Not looked at.", f"It needs {', '.join(missing)}, see above.")
+        yield note("Not tried.", f"It needs {', '.join(missing)}, see above.")
         return
+    yield from _guard(check.run)
+
+
+def _guard(ask: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
     try:
-        yield from check.run()
+        yield from ask()
     except Exception as problem:
         where = traceback.extract_tb(problem.__traceback__)[-1]
         yield error(

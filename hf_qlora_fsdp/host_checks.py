@@ -141,6 +141,9 @@ def _folders() -> Iterator[tuple[str, Path, str]]:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = Path(os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")).expanduser().absolute()
     yield "models and data sets (HF_HOME)", home, "Make room, or export HF_HOME=FOLDER on a larger disk"
+    models = os.environ.get("HF_HUB_CACHE")
+    if models:
+        yield "models (HF_HUB_CACHE)", Path(models).expanduser().absolute(), "Make room, or choose a larger disk"
     shards = os.environ.get("HF_QLORA_FSDP_SHARD_CACHE_DIR", os.path.join(home, "hf_qlora_fsdp", "shards"))
     if shards:  # empty: there shall be none
         remedy = "Make room, or export HF_QLORA_FSDP_SHARD_CACHE_DIR=FOLDER on a larger disk, or empty for no cache"

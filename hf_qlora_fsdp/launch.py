@@ -15,8 +15,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-import psutil
-
 from . import ranks
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -104,6 +102,8 @@ def _environment(defaults: dict[str, str]) -> Iterator[None]:
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
     """Send a signal on to the workers."""
+    import psutil
+
     workers = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):  # ended meanwhile

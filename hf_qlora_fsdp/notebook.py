@@ -89,7 +89,7 @@ def notebook_launch(
         folder = Path(name)
         payload = _pack(function_or_script, list(args), dict(kwargs or {}))
         (folder / PAYLOAD).write_bytes(payload)
-        _warn(len(payload))
+        _warn(len(payload), count, environment or {})
         variables = {key: value for key, value in os.environ.items() if key not in _OF_THE_KERNEL}
         variables |= {**(environment or {}), _WORKER: "1"}
         _run_agent(folder, count, variables)
@@ -138,24 +138,31 @@ def _pack(function_or_script: Any, args: list[Any], kwargs: dict[str, Any]) -> b
     return dill.dumps({"path": sys.path, "sources": sources, "task": packed})
 
 
-def _warn(payload_bytes: int) -> None:
-    """Say what takes memory that the workers could use."""
+def _warn(payload_bytes: int, num_processes: int, environment: Mapping[str, str]) -> None:
+    """Say what takes memory that the workers could use, and that GPUs are too few for them."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    lines = []
     if payload_bytes > _LARGE_BYTES:
-        print(
+        lines.append(
             f"The function takes {format_bytes(payload_bytes)} along, which each worker reads and keeps. What is large "
-            "is better loaded inside the function, by its name.",
-            file=sys.stderr,
+            "is better loaded inside the function, by its name."
         )
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        for index in range(torch.cuda.device_count()):
-            taken = torch.cuda.memory_reserved(index)
-            if taken > _LARGE_BYTES:
-                print(
-                    f"This notebook holds {format_bytes(taken)} of GPU {index}, which the workers cannot use. To free "
-                    "it, `del` what lies there and call torch.cuda.empty_cache().",
-                    file=sys.stderr,
-                )
+    if 0 < num_gpus < num_processes and "CUDA_VISIBLE_DEVICES" not in environment:
+        lines.append(
+            f"{num_processes} workers share {num_gpus} GPU(s), which a sharded model cannot. Leave num_processes out, "
+            'or write environment={"CUDA_VISIBLE_DEVICES": ""} for the CPU.'
+        )
+    for index in range(num_gpus if torch.cuda.is_initialized() else 0):
+        taken = torch.cuda.memory_reserved(index)
+        if taken > _LARGE_BYTES:
+            lines.append(
+                f"This notebook holds {format_bytes(taken)} of GPU {index}, which the workers cannot use. To free it, "
+                "`del` what lies there and call torch.cuda.empty_cache()."
+            )
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 # -- The agent ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from hf_qlora_fsdp import cli, environment_checks, gpu_checks, live_test
+from hf_qlora_fsdp import cli, environment_checks, gpu_checks, host_checks, live_test
 from hf_qlora_fsdp.compat.versions import LIBRARIES, Support
 from hf_qlora_fsdp.examination import CHECKS
 from hf_qlora_fsdp.findings import Finding, format_finding
@@ -46,8 +46,8 @@ def said(report: dict[str, Any], check: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def broken_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A Python in which transformers is missing, and a folder in which other libraries are broken."""
+def broken_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """A Python without transformers, a folder in which other libraries are broken, and one that lacks an extra."""
     home = tmp_path_factory.mktemp("python")
     venv.create(home, with_pip=False, symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
@@ -55,6 +55,8 @@ def broken_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         if not entry.name.startswith("transformers"):
             (site / entry.name).symlink_to(entry)
     folder = tmp_path_factory.mktemp("broken")
+    lacking = tmp_path_factory.mktemp("lacking")
+    (lacking / "matplotlib.py").write_text("raise ModuleNotFoundError('no matplotlib', name='matplotlib')")
     for name, source in {
         "bitsandbytes": "raise ImportError('libcudart.so.13: cannot open shared object file')",
         "datasets": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
@@ -66,15 +68,15 @@ def broken_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     for metadata in folder.glob("*.dist-info"):
         name, version = metadata.name.removesuffix(".dist-info").split("-")
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    return str(home / "bin" / "python"), str(folder)
+    return str(home / "bin" / "python"), str(folder), str(lacking)
 
 
 @pytest.fixture(scope="module")
-def reports(broken_python: tuple[str, str]) -> dict[str, Any]:
+def reports(broken_python: tuple[str, str, str]) -> dict[str, Any]:
     """What the doctor says of this machine and of the broken one. Both are asked at the same time."""
-    python, folder = broken_python
+    python, folder, lacking = broken_python
     doctors = {
-        "healthy": start_doctor("--json", CUDA_LAUNCH_BLOCKING="1", CUDA_VISIBLE_DEVICES=""),
+        "healthy": start_doctor("--json", path=lacking, CUDA_LAUNCH_BLOCKING="1", CUDA_VISIBLE_DEVICES=""),
         "broken": start_doctor("--json", python=python, path=folder, CUDA_VISIBLE_DEVICES=""),
     }
     reports = {}
@@ -90,7 +92,8 @@ def test_a_healthy_machine(reports: dict[str, Any]) -> None:
     assert report["code"] == 0 and report["healthy"] is True
     assert {finding["check"] for finding in report["findings"]} == set(ALL)
     assert levels(report, "environment").count("warning") == 1  # the variable that was set
-    for check in (*LIBRARIES, "hf_qlora_fsdp", "quantisation", "kernels", "patches", "collectives", "live test"):
+    assert levels(report, "hf_qlora_fsdp") == ["note", "ok"] and "matplotlib" in said(report, "hf_qlora_fsdp")
+    for check in (*LIBRARIES, "quantisation", "kernels", "patches", "collectives", "live test"):
         assert set(levels(report, check)) == {"ok"}, said(report, check)
     assert "2 processes on the CPU over gloo" in said(report, "live test")
     assert said(report, "patches").count("Until") == 2
@@ -106,12 +109,21 @@ def test_a_broken_machine_is_examined_to_the_end(reports: dict[str, Any]) -> Non
         ("datasets", "killed by SIGSEGV", "Reinstall the library"),
         ("accelerate", "0.34.2 is too old: >=1.15", 'pip install "accelerate>=1.15"'),
     ):
-        assert levels(report, check) == ["error"]
+        assert levels(report, check)[-1] == "error" and levels(report, check).count("error") == 1
         assert what in said(report, check) and fix in said(report, check)
     for check in ("peft", "trl", "hf_qlora_fsdp", "quantisation", "live test"):
-        assert "It needs" in said(report, check) and levels(report, check) == ["note"]
+        assert "It needs" in said(report, check) and levels(report, check)[-1] == "note"
     for check in ("python", "torch", "safetensors", "memory", "disks"):
         assert "error" not in levels(report, check)
+
+
+def test_a_python_without_any_library_is_told_all_that_is_missing(tmp_path: Path) -> None:
+    venv.create(tmp_path, with_pip=False, symlinks=True)
+    doctor = start_doctor("--json", python=str(tmp_path / "bin" / "python"))
+    out, err = doctor.communicate(timeout=60)
+    assert doctor.returncode == 1 and not err
+    for name in LIBRARIES:
+        assert f"{name} is not installed." in said(json.loads(out), name)
 
 
 def test_a_hanging_check_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,7 +134,7 @@ def test_a_hanging_check_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     hang = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     (tmp_path / "packaging" / "__init__.py").write_text(hang)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    checks = [examination.Check(check.name, check.run, timeout_seconds=1.5) for check in CHECKS]
+    checks = [examination.Check(check.name, check.run, timeout_seconds=3) for check in CHECKS]
     monkeypatch.setattr(examination, "CHECKS", checks)
     found = list(examination.examine(["packaging", "shared memory"]))
     assert [name for name, _ in found] == ["packaging", "shared memory"]
@@ -251,6 +263,16 @@ def test_variables_that_hurt(environ: dict[str, str], expected: list[str]) -> No
     assert [finding.level for finding in findings] == expected
     for finding in findings:
         assert any(finding.what.startswith(name) for name in environ)
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("HF_QLORA_FSDP_SHARD_CACHE_DIR", str(tmp_path / "not there yet"))
+    monkeypatch.chdir(tmp_path)
+    home, shards, working = host_checks.check_disks()
+    assert home.level == "error" and f"{tmp_path}/file is a file" in home.what and "export HF_HOME" in home.fix
+    assert shards.level == working.level != "error" and not (tmp_path / "not there yet").exists()
 
 
 def test_the_topology_is_read() -> None:

@@ -60,6 +60,7 @@ LAYERS = [
     {"memory_cap", "memory_trace", "rehearsal_plot", "shortage"},
     {"rehearsal_ranks", "rehearsal_report", "progress"},
     {"curves", "environment_checks", "gpu_checks", "host_checks", "live_test", "software_checks"},
+    {"kernel_checks"},
     {"examination"},
     {"doctor", "demo", "planning", "rehearsal", "training"},
     {"cli"},

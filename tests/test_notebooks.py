@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -9,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.jupyter import Kernel
+# Machines with GPUs often have what the package needs, and no Jupyter. CI has all of the extra `dev`.
+nbformat = pytest.importorskip("nbformat")
+NotebookClient = pytest.importorskip("nbclient").NotebookClient
+
+from tests.jupyter import Kernel  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -160,3 +166,86 @@ def test_the_end_of_the_kernel_ends_all_workers(tmp_path: Path) -> None:
             kernel.run(WAIT, while_running=shut_down)
         assert all(map(is_alive, pids))
     assert wait_until_dead(pids, 15)
+
+
+# -- The notebooks -----------------------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_clean_and_its_links_lead_somewhere(path: Path) -> None:
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+        for target in re.findall(r"\]\(([^)#]+)\)", cell.source) if cell.cell_type == "markdown" else []:
+            assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def execute(path: Path, folder: Path) -> list[str]:
+    """Run a notebook from top to bottom; return what each of its code cells showed, as text."""
+    notebook = nbformat.read(path, 4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    return [
+        "".join(
+            output.get("text") or output.get("evalue") or output.get("data", {}).get("text/plain", "")
+            for output in cell.outputs
+        )
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    for name, value in {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "IPYTHONDIR": str(tmp_path / ".ipython"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("environment")
+def test_fine_tuning_on_one_node(tmp_path: Path) -> None:
+    shown = "\n".join(execute(ROOT / "notebooks" / "2_fine_tune_on_one_node.ipynb", tmp_path))
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", shown).groups())  # type: ignore[union-attr]
+    assert last < first / 2
+    assert "Healthy: 0 errors" in shown
+    assert "Rank 1 of 2 failed, and all were ended: ValueError: process 1 has found no data" in shown
+    assert "outputs/orders: nothing wrong was found" in shown
+    assert json.loads(re.search(r"trained:  (.*)", shown)[1]).keys() == (  # type: ignore[index]
+        json.loads(re.search(r"expected: (.*)", shown)[1]).keys()  # type: ignore[index]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("environment")
+def test_inside_the_sharding(tmp_path: Path) -> None:
+    shown = "\n".join(execute(ROOT / "notebooks" / "3_inside_the_sharding.ipynb", tmp_path))
+    assert "the same bits: True" in shown and "4.13 bits a weight" in shown
+    assert "(16912, 1)     torch.bfloat16     16,912 of   33,824 bytes" in shown
+    layers = ["#.....", ".#....", "..#...", "...#..", "....#.", ".....#"]
+    assert "\n    ".join(["forward", *layers]) in shown and "\n    ".join(["backward", *layers[::-1]]) in shown
+    compared = re.search(r"loss ([\d.]+) and ([\d.]+); of 84 gradients, the furthest differ by ([\d.]+)%", shown)
+    assert compared and abs(float(compared[1]) - float(compared[2])) < 2**-8 * float(compared[1])
+    assert 0 < float(compared[3]) < 5  # a gradient that lacks a rank, or is summed and not averaged, is 50 off or more
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("environment")
+def test_merging_and_using(tmp_path: Path) -> None:
+    shown = "\n".join(execute(ROOT / "notebooks" / "4_merge_and_use.ipynb", tmp_path))
+    assert "nothing wrong was found" in shown and '"bnb_4bit_quant_type": "nf4"' in shown
+    trained, original = (
+        float(re.search(rf"{name} +([\d.]+) nats", shown)[1])  # type: ignore[index]
+        for name in ("trained", "original")
+    )
+    assert 0 < trained < original
+    sizes = {name: float(size) for name, size in re.findall(r"(trained|original|4 bits) +(\d+) MiB", shown)}
+    assert sizes["4 bits"] < sizes["trained"] / 2 == sizes["original"] / 2
+    assert "To make good coffee, you need" in shown

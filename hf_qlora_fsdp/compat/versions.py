@@ -37,6 +37,7 @@ class Support:
 LIBRARIES = {
     "packaging": Support(tested=("26.3",)),
     "psutil": Support(),
+    "pyyaml": Support(tested=("6.0.3",)),
     "dill": Support(),
     "torch": Support(">=2.11", ("2.11.0", "2.13.0")),
     "safetensors": Support(tested=("0.8.0",)),
