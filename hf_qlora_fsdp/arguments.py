@@ -41,10 +41,25 @@ class RunArguments:
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """TRL's, whose `dataset_name` is a Hub id, a file (.json, .jsonl, .parquet, .csv, .txt) or a folder of files."""
+    """TRL's, for one dataset. What it would ignore beside a mixture is refused there."""
 
     _argument_group_name: ClassVar[str] = "data"
 
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, file (.json, .jsonl, .parquet, .csv, .txt) or folder of files to train on."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a dataset on the Hub (`name` of `load_dataset`)."}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on; a part of one as well, as in 'train[:1000]'."}
+    )
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read rows while training, instead of before. Needs `max_steps`."}
+    )
+    ignore_bias_buffers: bool = field(default=False, metadata={"help": "Refused: it mends DDP."})
     dataset_format: str | None = field(
         default=None,
         metadata={
@@ -67,6 +82,20 @@ class MixtureArguments(DatasetMixtureConfig):
     """TRL's, for several datasets; `test_split_size` serves a single one as well."""
 
     _argument_group_name: ClassVar[str] = "mixture of datasets"
+
+    datasets: list[DatasetConfig] = field(
+        default_factory=list,
+        metadata={
+            "help": "Files, folders or Hub ids, one after the other; in a YAML file, entries with path, name, "
+            "data_dir, data_files, split, columns and fraction."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read their rows while training, instead of before. Needs `max_steps`."}
+    )
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share of the rows, or their number, to hold out and evaluate on."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.datasets, DatasetConfig):  # a single path, in a file
@@ -173,7 +202,13 @@ class Request:
         return args
 
 
-ALL: tuple[Any, ...] = (RunArguments, DataArguments, MixtureArguments, ModelArguments, QLoRAFSDPConfig)
+class _TrainingArguments(QLoRAFSDPConfig):
+    """`QLoRAFSDPConfig` under a heading of its own; nothing else differs, and none is made."""
+
+    _argument_group_name: ClassVar[str] = "training: what TRL's SFTConfig has, then what shards it"
+
+
+ALL: tuple[Any, ...] = (RunArguments, DataArguments, MixtureArguments, ModelArguments, _TrainingArguments)
 
 
 def unknown_name(given: str, name: str, known: Iterable[str], otherwise: str, prefix: str = "") -> ValueError:

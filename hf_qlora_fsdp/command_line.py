@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from trl import ScriptArguments, TrlParser
@@ -72,7 +72,8 @@ def read_request(arguments: Sequence[str]) -> Request:
     for name in from_file:
         if name not in known:
             raise unknown_name(f"a file with the key {name!r}", name, known, _HELP)
-    parser.set_defaults_with_config(**{name: _as_written(name, value) for name, value in from_file.items()})
+    hints = {name: str(hint) for kind in ALL for name, hint in get_type_hints(kind).items()}
+    parser.set_defaults_with_config(**{name: _as_written(name, from_file[name], hints[name]) for name in from_file})
     values = vars(parser.parse_known_args(list(arguments))[0])
     _settle(values)
     return Request(
@@ -131,11 +132,14 @@ def _read_config(config: str) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def _as_written(name: str, value: Any) -> Any:
+def _as_written(name: str, value: Any, hint: str) -> Any:
     """Return a value of a file as it would stand on the command line, so that the parser checks its type."""
     if value is False and name.endswith("_strategy"):
         return "no"  # which YAML takes for a switch
-    return str(value) if isinstance(value, (bool, int, float)) else value
+    for kind in (list, dict):
+        if isinstance(value, kind) and kind.__name__ not in hint:
+            raise refusal(f"a file with {name}: {value!r}", f"a {kind.__name__} is no value for it", _HELP)
+    return value if value is None or isinstance(value, (list, dict)) else str(value)
 
 
 def _settle(values: dict[str, Any]) -> None:
@@ -169,6 +173,9 @@ def _check_data(values: dict[str, Any]) -> None:
         )
     if not values.get("datasets") and not values.get("dataset_name"):
         raise refusal("neither dataset_name nor datasets", "there is nothing to train on", "Write --dataset_name PATH.")
+    streaming = values.get("streaming") or values.get("dataset_streaming")
+    if streaming and int(values.get("max_steps", 0)) < 1:
+        raise refusal("streaming without max_steps", "nobody knows where such data end", "Write --max_steps N.")
     held_out = [name for name in ("eval_dataset_name", "test_split_size", "dataset_test_split") if name in values]
     strategy = values.get("eval_strategy", "no")
     if held_out and str(getattr(strategy, "value", strategy)) == "no":

@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,6 @@ from .units import format_bytes, format_seconds, format_table
 
 if TYPE_CHECKING:
     from .arguments import Request
-    from .progress import Progress
 
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
 _SECONDS_FOR_RANK_0 = 5
@@ -58,6 +58,7 @@ def launch(arguments: Sequence[str]) -> int:
     request = read_request(arguments)
     quieten(sys.stdout.isatty())
     check(request)
+    read_data(request)
     num_processes = _num_processes(request)
     failed = run_workers("hf_qlora_fsdp.training", arguments, num_processes, handed_on=_HANDED_ON)
     return exit_code(failed)
@@ -72,7 +73,7 @@ def quieten(with_bars: bool) -> None:
 
 
 def check(request: Request) -> None:
-    """See that data and model are there and that the plot can be written, before anything large is started.
+    """See that the model is there and that the plot can be written, before anything large is started.
 
     Raises:
         ValueError: One of them is not so.
@@ -94,7 +95,6 @@ def check(request: Request) -> None:
             f"model_name_or_path={name!r}: its config.json cannot be had. {error} Give the folder of a model, or the "
             "id of one on the Hub that can be reached from here."
         ) from error
-    read_data(request)
 
 
 def read_data(request: Request) -> tuple[Any, Any]:
@@ -152,16 +152,19 @@ def take_part(arguments: Sequence[str]) -> int:
     from .errors import RankError
     from .ranks import rank
 
-    made = False
+    run: Run | None = None
     try:
         run = Run(arguments)
-        made = True
+        run.load()
         run.train()
     except (ValueError, OSError, RankError) as error:
-        if made and not _is_ours(error):
-            raise  # with its traceback: no option was wrong
+        surprising = run is not None and not _is_ours(error)
+        if surprising and run is not None and run.trainer is not None:
+            raise  # in the middle of training no option is to blame
         if rank() != 0:  # as a rule all fail for one reason, and the first to end makes the launcher end the others
             time.sleep(_SECONDS_FOR_RANK_0)
+        if surprising:
+            traceback.print_exception(error)
         print(f"hf-qlora-fsdp: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     return 0
@@ -172,11 +175,11 @@ def _is_ours(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_globals.get("__package__") == __package__
+    return frame is not None and frame.tb_frame.f_globals["__name__"].startswith(f"{__package__}.")
 
 
 class Run:
-    """One rank's part in a run: everything is read and checked when it is made, short of the model.
+    """One rank's part in a run. What was asked for is read and checked when it is made, then it loads and trains.
 
     Args:
         arguments (`Sequence[str]`): What follows `train` on the command line.
@@ -186,8 +189,10 @@ class Run:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         from .command_line import read_request
+        from .progress import Progress
         from .ranks import fail_together, log_once, rank, world_size
 
+        self.began = time.monotonic()
         self.request = request = read_request(arguments)
         self.args = request.training_arguments()
         if request.run.nproc not in ("auto", str(world_size())):
@@ -199,19 +204,19 @@ class Run:
         quieten(self.with_bar and rank() == 0)
         for note in request.notes:
             log_once("%s", note)
-        with fail_together("looking at model and data"):
+        with fail_together("reading the data"):
             check(request)
-        self.train_data, self.eval_data = read_data(request)
+            self.train_data, self.eval_data = read_data(request)
+        self.trainer: Any = None
+        self.progress = Progress(self.args.device, self.with_bar)
 
-    def train(self) -> None:
-        """Load the model, train it, save the adapter, and say how it went. Every rank calls it."""
+    def load(self) -> None:
+        """Load the model and make the trainer. Every rank calls it."""
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
         from trl import get_peft_config
 
-        from .progress import Progress
         from .trainer import QLoRAFSDPTrainer
 
-        began = time.monotonic()
         trainer = QLoRAFSDPTrainer(
             model=str(self.request.model.model_name_or_path),
             args=self.args,
@@ -219,31 +224,35 @@ class Run:
             eval_dataset=self.eval_data,
             peft_config=get_peft_config(self.request.model),
         )
-        progress = Progress(self.args.device, self.with_bar)
         for theirs in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(theirs)
-        trainer.add_callback(progress)
-        try:
-            trainer.train(resume_from_checkpoint=_parse_checkpoint(self.args.resume_from_checkpoint))
-        except SystemExit:  # a signal ended the run, which has curves as well
-            self._draw(trainer, progress)
-            raise
-        trainer.save_model(self.args.output_dir)
-        self._draw(trainer, progress)
-        self._summarise(trainer, progress, time.monotonic() - began)
+        trainer.add_callback(self.progress)
+        self.trainer = trainer
 
-    def _draw(self, trainer: Any, progress: Progress) -> None:
-        if self.request.run.plot is None or not trainer.is_world_process_zero() or not progress.samples:
+    def train(self) -> None:
+        """Train, save the adapter, and say how it went. Every rank calls it."""
+        try:
+            self.trainer.train(resume_from_checkpoint=_parse_checkpoint(self.args.resume_from_checkpoint))
+        except SystemExit:  # a signal ended the run, which has curves as well
+            self._draw()
+            raise
+        self.trainer.save_model(self.args.output_dir)
+        self._draw()
+        self._summarise()
+
+    def _draw(self) -> None:
+        if self.request.run.plot is None or not self.trainer.is_world_process_zero() or not self.progress.samples:
             return
         from .curves import draw_curves
 
         title = f"{self.request.model.model_name_or_path}, LoRA r={self.request.model.lora_r}"
-        draw_curves(trainer.state.log_history, progress.samples, title, self.request.run.plot)
+        draw_curves(self.trainer.state.log_history, self.progress.samples, title, self.request.run.plot)
 
-    def _summarise(self, trainer: Any, progress: Progress, seconds: float) -> None:
+    def _summarise(self) -> None:
         """Print what was done and what to do next, on rank 0; memory is that of all ranks."""
         import torch.distributed as dist
 
+        trainer, progress, seconds = self.trainer, self.progress, time.monotonic() - self.began
         peaks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(peaks, progress.peak_bytes)
         if not trainer.is_world_process_zero():
@@ -251,9 +260,12 @@ class Run:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         card, host = max(peak[0] for peak in peaks), sum(peak[1] for peak in peaks)
         memory = [f"{format_bytes(card)} on the fullest card"] * bool(card) + [f"{format_bytes(host)} of the host"]
+        now, num_steps = len(progress.samples), str(trainer.state.global_step)
+        if now < trainer.state.global_step:
+            num_steps += f", {now} of them since it was resumed"
         model, folder = str(self.request.model.model_name_or_path), str(self.args.output_dir)
         rows = [
-            ("steps", f"{trainer.state.global_step}, in {format_seconds(seconds)} with loading"),
+            ("steps", f"{num_steps}, in {format_seconds(seconds)} with loading"),
             ("tokens", f"{progress.num_tokens:,}, {progress.tokens_per_second:,.0f} a second on {len(peaks)} ranks"),
             ("loss", f"{losses[0]:.4g} at first, {losses[-1]:.4g} at last" if losses else "not logged"),
             ("peak memory", ", ".join(memory)),
