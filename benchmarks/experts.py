@@ -9,11 +9,13 @@ What a card holds of a Mixtral-8x7B over two (46.4 billion parameters in decoder
 
     11.2 GiB  half of the packed weights        1.4 GiB  two layers, gathered
      1.6 GiB  LoRA r=16 on every expert, its float32 masters, gradients and moments, halved
-     1.2 GiB  activations of the layer that runs, forward and backward
-     0.3 GiB  experts in 16 bits, a chunk at a time; 0.2 GiB embedding and head, halved; 1 GiB context and NCCL
+     1.2 GiB  activations: 0.5 that go into layers, and those inside the one that runs
+     0.3 GiB  experts in 16 bits, a chunk at a time; 0.2 GiB embedding and head, halved
+     1.6 GiB  context, NCCL and kernels
 
-A layer that is offloaded frees 0.35 GiB of that; the row of 16 GiB offloads as many as make up for its LoRA on experts.
-Of a Mixtral-8x22B, a layer is 0.60 GiB a card: 33.5 GiB of 56 layers, of which 24 GiB have room for 20 or so.
+A layer that is offloaded frees 0.35 GiB of that, and two that are on their way take as much each; the row of 16 GiB
+offloads as many as make up for its LoRA on experts. Of a Mixtral-8x22B, a layer is 0.60 GiB a card, 33.5 GiB in all;
+the rest, counted as above, takes 11 GiB of the 24.
 
 The two rows of four layers compare with plain transformers, TRL and FSDP2 (`stock_experts.py`), which keeps experts in
 16 bits, so that all of a Mixtral-8x7B would be 84 GiB a card before it is sharded.
@@ -75,8 +77,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 SEQ_2048 = ("--seq", "2048", "--batch", "1", "--lora-r", "16")
 ATTENTION = (*SEQ_2048, "--target-modules", "q_proj", "k_proj", "v_proj", "o_proj")
-MIXTRAL_OFFLOADED = ("--cpu-offload-layers", "6")
-MIXTRAL_22B_OFFLOADED = ("--cpu-offload-layers", "36")
+MIXTRAL_OFFLOADED = ("--cpu-offload-layers", "8")
+MIXTRAL_22B_OFFLOADED = ("--cpu-offload-layers", "40")
 ROWS = {
     "mixtral-attention": Row("mixtral-8x7b", ATTENTION, 16 * GIB, loads_below=True),
     "mixtral-experts": Row("mixtral-8x7b", SEQ_2048, 18 * GIB, loads_below=True),
