@@ -211,6 +211,19 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("environment")
+def test_will_it_fit(tmp_path: Path) -> None:
+    shown = "\n".join(execute(ROOT / "notebooks" / "1_will_it_fit.ipynb", tmp_path))
+    assert "68.5B parameters in 4 bits" in shown and "It fits:" in shown
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    rates = [float(rate.replace(",", "")) for rate in re.findall(r"\d x 3090 +([\d,]+) tokens/s", shown)]
+    assert len(rates) == 3 and rates == sorted(rates)
+    assert re.search(r"fits: False\nlacks:\n  \S.*\nwould fit with:\n  \S", shown)
+    needs = [float(size) for size in re.findall(r"tokens: ([\d.]+) GiB on each of 8 cards", shown)]
+    assert len(needs) == 3 and needs == sorted(needs)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("environment")
 def test_fine_tuning_on_one_node(tmp_path: Path) -> None:
     shown = "\n".join(execute(ROOT / "notebooks" / "2_fine_tune_on_one_node.ipynb", tmp_path))
     first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", shown).groups())  # type: ignore[union-attr]
