@@ -174,6 +174,14 @@ class QLoRAFSDPConfig(SFTConfig):
             "'auto', a step that runs out of memory is done again with more of them."
         },
     )
+    auto_plan: bool = field(
+        default=False,
+        metadata={
+            "help": "Before anything is loaded, set batch and accumulation, `checkpoint_layers` and what is offloaded "
+            "to what fits and is fastest by `hf-qlora-fsdp plan`, and print it. What is set to something else than its "
+            "default stays, and so does the number of sequences in a step."
+        },
+    )
     fuse_lora: bool = field(
         default=True,
         metadata={

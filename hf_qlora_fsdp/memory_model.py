@@ -249,7 +249,9 @@ def _step(weight: ModelWeight, settings: Settings, held: Counter[str]) -> Iterat
     forward = {"gathered units": whole + buffer, "loss": tile + 2 * hidden * itemsize}
     yield _moment("loss", held, forward | around)
     # These rows again, their gradient in float32, and that cast to their dtype.
-    backward = {"gathered units": whole, "loss": tile + hidden * (4 + 2 * itemsize)}
+    end = head or embedding
+    trained = end.parts.trained_numel(1) * (4 + itemsize) if end else 0  # a head that is trained whole
+    backward = {"gathered units": whole, "loss": tile + hidden * (4 + 2 * itemsize), "gradients": trained}
     yield _moment("loss, backward", held, backward | around)
 
     reduced = previous = 0

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from .cards import CARDS, HOLES, Card, find_card, find_link
 from .memory_estimate import MemoryEstimate, estimate
@@ -137,11 +138,14 @@ def plan(
     target_batch: int | None = None,
     lora_r: int = 16,
     target_modules: str | list[str] = "all-linear",
+    peft_config: LoraConfig | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
     use_liger_kernel: bool = False,
     fuse_lora: bool = True,
     param_dtype: str = "bfloat16",
     trust_remote_code: bool = False,
     fixed: dict[str, Any] | None = None,
+    **hub: Any,
 ) -> Plan:
     """Find the fastest settings that fit.
 
@@ -159,19 +163,28 @@ def plan(
         batch (`int`, *optional*): Sequences that a card takes at a time; searched for by default.
         target_batch (`int`, *optional*): Sequences of a step, on all cards and over all accumulation steps.
         lora_r (`int`), target_modules (`str` or `list[str]`): What is trained.
+        peft_config (`LoraConfig`, *optional*): All of what is trained, in place of the two.
+        quantization_config (`BitsAndBytesConfig`, *optional*): NF4 with double quantisation by default.
         use_liger_kernel (`bool`), fuse_lora (`bool`), param_dtype (`str`): As in training.
         trust_remote_code (`bool`): Whether code from the model's repository may run.
         fixed (`dict`, *optional*): Settings that are not to be changed, by the names of `memory_model.Settings`.
+        **hub: `revision`, `token` and the like.
     Raises:
         ValueError: An argument cannot be, or there is no such model.
     """
     machine = _describe_machine(num_gpus, gpus_per_host, device_memory, host_memory, swap, card, link, host_link)
+    if peft_config is not None:
+        lora_r, targets = peft_config.r, peft_config.target_modules
+        target_modules = targets if isinstance(targets, str) else sorted(targets or ())
     weight = weigh_model(
         model,
         lora_r=_positive("lora_r", lora_r),
         target_modules=target_modules,
+        peft_config=peft_config,
+        quantization_config=quantization_config,
         param_dtype=getattr(torch, param_dtype),
         trust_remote_code=trust_remote_code,
+        **hub,
     )
     start = Settings(
         num_ranks=machine.num_gpus,

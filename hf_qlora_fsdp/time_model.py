@@ -27,8 +27,8 @@ from .weighing import ModelWeight
 EFFICIENCY = 0.8
 """Of the peak, what large multiplications reach: 790 of 989 TFLOP/s in bfloat16, H100, cuBLAS (`matmul_share.py`)."""
 LAUNCH_SECONDS = 0.015
-"""A layer, forward and backward. Measured: `llama-3-8b: step`, batch 2, fused, Liger: 0.55 s for 32 layers, of which
-the card is busy for a part."""
+"""A layer, its forward twice and its backward. Measured: `llama-3-8b: step`, batch 2, fused, Liger, where the card waits:
+0.55 s for 32 layers and what is around them."""
 STEP_SECONDS = 0.02
 """The optimizer, clipping and logging."""
 
@@ -98,7 +98,7 @@ def bound_time(weight: ModelWeight, settings: Settings, card: Card, link: float,
         dequantise=times * unpacked / card.memory_rate,
         gather=times * received / link if ranks > 1 else 0.0,
         host=times * host / host_link,
-        launches=times * LAUNCH_SECONDS * len(layers),
+        launches=times * LAUNCH_SECONDS * len(layers) * (2 + again) / 3,
         tokens=times * tokens * ranks,
     )
 

@@ -31,6 +31,7 @@ from trl import SFTTrainer
 from . import compat
 from .adapters import initialize_adapter, inject_adapter
 from .anatomy import decoder_layers, plan_units
+from .auto_planning import apply_plan
 from .checkpointing import LayerCheckpointing
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
 from .config import QLoRAFSDPConfig
@@ -98,6 +99,8 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         check_datasets(given.get("train_dataset"), given.get("eval_dataset"), args, given.get("formatting_func"))
         if args.use_cpu:
             compat.apply(CPU_FSDP)
+        if args.auto_plan:
+            apply_plan(args, model, given.get("peft_config"), given.get("quantization_config"))
         args.reset_accelerator_state()
         self.sharding_policy = read_policy(args)
         quantization = given.pop("quantization_config", None)

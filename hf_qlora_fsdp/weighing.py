@@ -194,6 +194,7 @@ def weigh_model(
     *,
     lora_r: int = 16,
     target_modules: str | list[str] = "all-linear",
+    peft_config: LoraConfig | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
     param_dtype: torch.dtype = torch.bfloat16,
     trust_remote_code: bool = False,
@@ -205,6 +206,7 @@ def weigh_model(
         model (`str` or `PretrainedConfig`): Hub id, folder, `config.json`, or a config.
         lora_r (`int`): Rank of the adapter.
         target_modules (`str` or `list[str]`): What it adapts.
+        peft_config (`LoraConfig`, *optional*): All of the adapter, in place of the two.
         quantization_config (`BitsAndBytesConfig`, *optional*): NF4 with double quantisation by default.
         param_dtype (`torch.dtype`): Dtype of the computation and of what is not in 4 bits.
         trust_remote_code (`bool`): Whether code from the model's repository may run.
@@ -228,7 +230,8 @@ def weigh_model(
     base.hf_quantizer, base.is_loaded_in_4bit = quantizer, True
     transients = {target: piece for piece in draw_weights(base, param_dtype).pieces for target in piece.targets}
     names = {id(parameter): name for name, parameter in base.named_parameters()}
-    lora = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules=target_modules, task_type="CAUSAL_LM")
+    lora = copy.deepcopy(peft_config)  # experts among its targets are noted in it
+    lora = lora or LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules=target_modules, task_type="CAUSAL_LM")
     check_peft_config(lora)
     short = inject_adapter(base, lora)
     weight = ModelWeight(config, short, [], param_dtype)

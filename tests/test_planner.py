@@ -38,6 +38,7 @@ from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from hf_qlora_fsdp.weighing import ModelWeight, weigh_model
 from tests.distributed import RankPool
 from tests.tiny import VOCAB_SIZE, make_checkpoint, tiny_dataset
+from tests.training import ours
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -56,6 +57,11 @@ LLAMA_8B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_
 
 def config_of(values: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**values)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -303,12 +309,53 @@ def test_cards_and_links_are_found_by_any_name():
     assert find_link("PCIe4x16") == find_link("25.2GB")
 
 
+# ---- A run that plans itself -----------------------------------------------------------------------------------------
+
+
+def plan_itself(rank: int, folder: str, out: str, changes: dict[str, Any], device_bytes: int | None = None) -> Any:
+    """Make a trainer, on a machine with so much memory for each rank, and take a step with it."""
+    from hf_qlora_fsdp import auto_planning
+
+    find_memory = auto_planning.find_memory
+    if device_bytes is not None:
+        auto_planning.find_memory = lambda on_gpu: (device_bytes, None)
+    try:
+        options = {
+            "folder": out,
+            "auto_plan": True,
+            "max_length": 32,
+            "max_steps": 1,
+            "gradient_checkpointing": True,
+        } | changes
+        trainer = ours(folder, tiny_dataset(32), options)
+    except ValueError as error:
+        return str(error)
+    finally:
+        auto_planning.find_memory = find_memory
+    result = trainer.train()
+    args = trainer.args
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "checkpoint_layers", "cpu_offload")
+    return {name: getattr(args, name) for name in names} | {"steps": result.global_step}
+
+
+def test_a_run_plans_itself_and_leaves_what_was_said(folder, tmp_path, ranks: RankPool):
+    """Eight sequences a rank and a step, however they are divided; a batch that was chosen stays."""
+    free = ranks.run(
+        plan_itself, folder, str(tmp_path), {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    )
+    assert free[0] == free[1]
+    assert free[0]["per_device_train_batch_size"] * free[0]["gradient_accumulation_steps"] == 8
+    assert (free[0]["checkpoint_layers"], free[0]["cpu_offload"], free[0]["steps"]) == (0, False, 1)
+    said = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "checkpoint_layers": 1}
+    assert ranks.run(plan_itself, folder, str(tmp_path), said)[0] == said | {"cpu_offload": False, "steps": 1}
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_loads(folder, tmp_path, ranks: RankPool):
+    for said in ranks.run(plan_itself, folder, str(tmp_path), {"per_device_train_batch_size": 8}, 100 << 20):
+        assert "auto_plan=True found no settings" in said and "What would help: cards of" in said
+
+
 # ---- The command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 MACHINE = ["--gpus", "2", "--card", "4090"]
