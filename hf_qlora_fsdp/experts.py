@@ -151,7 +151,8 @@ class Experts4bit(nn.Module):
         num_tokens, top_k = top_k_index.shape
         expert_of_row, order = top_k_index.reshape(-1).sort(stable=True)
         groups = Groups.count(expert_of_row, self.num_experts, self.is_fused)
-        x = hidden_states.to(self.compute_dtype)[order // top_k]
+        place_of_row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        x = _RowsOfTokens.apply(hidden_states.to(self.compute_dtype), order, place_of_row, top_k)
         for name in PROJECTIONS:
             y = _PackedProduct.apply(x, self, name, groups)
             bias = getattr(self, f"{name}_bias", None)
@@ -161,8 +162,8 @@ class Experts4bit(nn.Module):
                 delta = adapter.delta(x, groups) if adapter.parameter_name == name else None
                 y = y if delta is None else y.add_(delta)
             x = self.gating._apply_gate(y) if name == "gate_up_proj" else y
-        place_of_row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        weighted = (x * top_k_weights.reshape(-1, 1)[order])[place_of_row]
+        weights = _Reordered.apply(top_k_weights.reshape(-1, 1), order, place_of_row)
+        weighted = _Reordered.apply(x * weights, place_of_row, order)
         return weighted.view(num_tokens, top_k, x.shape[1]).sum(1).to(hidden_states.dtype)
 
     def dequantize(self, name: str, start: int = 0, stop: int | None = None, dtype: Any = None) -> torch.Tensor:
@@ -229,6 +230,33 @@ class _PackedProduct(torch.autograd.Function):
             return None, None, None, None
         experts: Experts4bit = ctx.experts
         return experts.multiply(ctx.name, grad_SN, ctx.groups, experts.is_transposed), None, None, None
+
+
+class _RowsOfTokens(torch.autograd.Function):
+    """Each token k times, in the order of the rows. Autograd's own gradient of an index sorts it all over again."""
+
+    @staticmethod
+    def forward(ctx, x_TH: torch.Tensor, order: torch.Tensor, place_of_row: torch.Tensor, top_k: int) -> torch.Tensor:
+        ctx.place_of_row, ctx.top_k = place_of_row, top_k
+        return x_TH[order // top_k]
+
+    @staticmethod
+    def backward(ctx, grad_SH: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        shape = len(grad_SH) // ctx.top_k, ctx.top_k, grad_SH.shape[1]
+        return grad_SH[ctx.place_of_row].view(shape).sum(1), None, None, None
+
+
+class _Reordered(torch.autograd.Function):
+    """Rows in another order, whose inverse is known."""
+
+    @staticmethod
+    def forward(ctx, x_SH: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.inverse = inverse
+        return x_SH[order]
+
+    @staticmethod
+    def backward(ctx, grad_SH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad_SH[ctx.inverse], None, None
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
