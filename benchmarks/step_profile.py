@@ -1,93 +1,127 @@
-"""One step under torch's profiler, as text: the longest kernels, the Python, and when the GPU had nothing to do.
+"""Where the time of a step goes: kernels, communication that nothing hides, and a GPU that waits.
 
-A step is as long as what the GPU computes plus what it waits. The first table says what it computes; the gaps, with the
-kernels on both sides, say where it waits; the second table says what Python was doing meanwhile.
+Takes the model and the options of `hf-qlora-fsdp rehearse`, runs the same steps, and profiles one of the later ones on
+every rank; rank 0 tells. "busy" is the time in which any kernel runs, "idle" the rest of the step; "communication
+alone" is when nothing but NCCL runs.
+
+    python benchmarks/step_profile.py config.json --seq 2048 --steps 6
+    python benchmarks/step_profile.py config.json --seq 2048 --steps 6 --prefetch
+
+`--prefetch` has each decoder layer gather the next one when it begins itself, rather than when its Python ends: what
+that is worth where a layer's Python waits for the device.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import argparse
+import itertools
+import subprocess
+import sys
+import time
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
 
-NUM_ROWS = 40
-NUM_GAPS = 20
-KINDS = {
-    "products": ("gemm", "nvjet", "cutlass", "xmma", "sm90_", "gemv", "addmm", "aten::mm"),
-    "attention": ("flash", "fmha", "attention", "cudnn_generated"),
-    "dequantise": ("dequant",),
-    "nccl": ("nccl",),
-    "copies": ("memcpy", "copy", "memset", "fill"),
-    "optimizer": ("adam", "multi_tensor"),
-}
+from hf_qlora_fsdp import rehearsal, rehearsal_ranks
+from hf_qlora_fsdp.anatomy import plan_units
+from hf_qlora_fsdp.launch import default_num_processes, is_worker
+from hf_qlora_fsdp.ranks import rank
+from hf_qlora_fsdp.rehearsal_ranks import Rehearsal, Stopwatch
+from hf_qlora_fsdp.rehearsal_report import describe
+from hf_qlora_fsdp.sharding import base_model
 
-
-def start_profiler() -> Any:
-    """Return a profiler that runs."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    return profile(activities=activities).__enter__()
+NUM_SHOWN = 30
 
 
-def write_profile(profiler: Any, file: Path, seconds: float) -> None:
-    """Write what the profiler saw of one step that took so long."""
-    averages = profiler.key_averages()
-    lines = [f"one step under the profiler: {1e3 * seconds:,.1f} ms\n"]
-    kernels = [(e.key, e.self_device_time_total / 1e3, e.count) for e in averages if "CUDA" in str(e.device_type)]
-    lines += describe_kernels(kernels) + describe_gaps(profiler) + [f"\nCPU, {NUM_ROWS} longest by self time"]
-    on_cpu = sorted((e for e in averages if "CPU" in str(e.device_type)), key=lambda e: -e.self_cpu_time_total)
-    lines += [f"{'ms':>9} {'calls':>7}  operator"]
-    lines += [f"{e.self_cpu_time_total / 1e3:9.2f} {e.count:7d}  {e.key[:110]}" for e in on_cpu[:NUM_ROWS]]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines[:12]), flush=True)
+class ProfiledStopwatch(Stopwatch):
+    """Times each step, and profiles the last but one, which is not timed among the others."""
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        super().__init__(rehearsal)
+        self.profile: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.rehearsal.options.prefetch:
+            prefetch_layers(kwargs["model"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
+        if state.global_step == state.max_steps - 2:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self.profile = torch.profiler.profile(activities=activities)
+            self.profile.__enter__()
+            self.began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        if self.profile is not None:
+            profile, self.profile = self.profile, None
+            profile.__exit__(None, None, None)
+            if rank() == 0:
+                print_profile(profile, self.seconds.pop())
+            else:
+                self.seconds.pop()
 
 
-def describe_kernels(kernels: list[tuple[str, float, int]]) -> list[str]:
-    """Return the sums by kind, and the longest kernels."""
-    sums: dict[str, tuple[float, int]] = {}
-    for name, milliseconds, count in kernels:
-        kind = kind_of(name)
-        before = sums.get(kind, (0.0, 0))
-        sums[kind] = before[0] + milliseconds, before[1] + count
-    total = sum(milliseconds for _, milliseconds, _ in kernels)
-    lines = [f"GPU, all kernels: {total:,.1f} ms in {sum(count for *_, count in kernels):,} launches"]
-    lines += [
-        f"{ms:9.2f} {count:7d}  {kind}" for kind, (ms, count) in sorted(sums.items(), key=lambda item: -item[1][0])
-    ]
-    lines += [f"\nGPU, {NUM_ROWS} longest", f"{'ms':>9} {'calls':>7}  kernel"]
-    longest = sorted(kernels, key=lambda kernel: -kernel[1])[:NUM_ROWS]
-    return lines + [f"{ms:9.2f} {count:7d}  {name[:110]}" for name, ms, count in longest]
+def prefetch_layers(model: Any) -> None:
+    """Have each decoder layer gather the next one when it begins."""
+    base = base_model(model)
+    layers: list[Any] = [base.get_submodule(unit.modules[0]) for unit in plan_units(base) if unit.is_decoder_layer]
+    for layer, following in itertools.pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
 
 
-def kind_of(name: str) -> str:
-    """Return what kind of work a kernel does, by its name."""
-    name = name.lower()
-    attention = any(word in name for word in KINDS["attention"])
-    for kind, words in KINDS.items():
-        if any(word in name for word in words) and not (kind == "products" and attention):
-            return kind
-    return "elementwise and other"
-
-
-def describe_gaps(profiler: Any) -> list[str]:
-    """Return for how long no kernel ran, and the longest gaps with the kernels around them."""
-    spans = sorted(
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in profiler.events()
-        if "CUDA" in str(event.device_type)
+def print_profile(profile: Any, seconds: float) -> None:
+    """Print the sums, then the kernels and the host's functions that take most."""
+    events = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+    spans = [(event.time_range.start, event.time_range.end, "nccl" in event.name) for event in events]
+    busy = measure_union([span[:2] for span in spans])
+    computing = measure_union([span[:2] for span in spans if not span[2]])
+    idle = 1e3 * seconds - busy / 1e3
+    print(
+        f"profiled step: {1e3 * seconds:.0f} ms, GPU busy {busy / 1e3:.0f} ms, idle {idle:.0f} ms, "
+        f"communication alone {(busy - computing) / 1e3:.0f} ms, {len(events)} kernels and copies"
     )
-    if not spans:
-        return []
-    gaps, (_, busy_until, before) = [], spans[0]
-    for start, end, name in spans[1:]:
-        if start > busy_until:
-            gaps.append((start - busy_until, before, name))
-        if end > busy_until:
-            busy_until, before = end, name
-    idle, whole = sum(gap for gap, *_ in gaps), busy_until - spans[0][0]
-    lines = [f"\nGPU idle for {idle / 1e3:,.1f} of {whole / 1e3:,.1f} ms, in {len(gaps):,} gaps; the longest"]
-    for gap, first, second in sorted(gaps, reverse=True)[:NUM_GAPS]:
-        lines.append(f"{gap / 1e3:9.2f}  {first[:50]} ... {second[:50]}")
-    return lines
+    totals: dict[str, list[float]] = {}
+    for event in events:
+        total = totals.setdefault(event.name[:100], [0, 0])
+        total[0] += event.time_range.elapsed_us() / 1e3
+        total[1] += 1
+    for name, (milliseconds, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:NUM_SHOWN]:
+        print(f"{milliseconds:9.2f} ms {count:6.0f}  {name}")
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=NUM_SHOWN, max_name_column_width=60))
+
+
+def measure_union(spans: list[tuple[float, float]]) -> float:
+    """Return the length of what intervals cover together."""
+    covered = end = 0.0
+    for first, last in sorted(spans):
+        covered += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return covered
+
+
+def main() -> int:
+    """Start the workers, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    rehearsal.add_arguments(parser)
+    parser.add_argument("--prefetch", action="store_true")
+    options = parser.parse_args()
+    rehearsal.check(options)
+    if not is_worker():
+        count = default_num_processes() if options.nproc == "auto" else int(options.nproc)
+        agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        return subprocess.run([*agent, *sys.argv], check=False).returncode
+    handed_on = argparse.Namespace(**rehearsal.vars_to_hand_on(options))
+    rehearsal_ranks.Stopwatch = ProfiledStopwatch  # type: ignore[misc]
+    outcome = Rehearsal(handed_on).run()
+    if outcome is not None:
+        print(describe(outcome))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
