@@ -73,7 +73,7 @@ def quieten(with_bars: bool) -> None:
 
 
 def check(request: Request) -> None:
-    """See that the model is there and that the plot can be written, before anything large is started.
+    """See that the model is there, and that plot and reports can be written, before anything large is started.
 
     Raises:
         ValueError: One of them is not so.
@@ -85,8 +85,17 @@ def check(request: Request) -> None:
         raise ValueError(
             f"--plot {plot} needs matplotlib, which is not installed. pip install matplotlib, or leave it out."
         )
+    from transformers.integrations import get_available_reporting_integrations
     from transformers.utils.hub import cached_file
 
+    asked = request.training.get("report_to") or []
+    missing = {asked} if isinstance(asked, str) else set(asked)
+    missing -= {"all", "none", *get_available_reporting_integrations()}
+    if missing:
+        raise ValueError(
+            f"report_to has {', '.join(sorted(missing))}, which is not installed or not known, and would fail once the "
+            'model is loaded. pip install it, or write "none".'
+        )
     name, revision = str(request.model.model_name_or_path), request.model.model_revision
     try:
         cached_file(name, "config.json", revision=revision, token=request.training.get("hub_token"))
@@ -175,7 +184,7 @@ def _is_ours(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_globals["__name__"].startswith(f"{__package__}.")
+    return frame is not None and str(frame.tb_frame.f_globals.get("__package__")).partition(".")[0] == __package__
 
 
 class Run:
@@ -212,6 +221,7 @@ class Run:
 
     def load(self) -> None:
         """Load the model and make the trainer. Every rank calls it."""
+        from datasets import Dataset
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
         from trl import get_peft_config
 
@@ -224,6 +234,12 @@ class Run:
             eval_dataset=self.eval_data,
             peft_config=get_peft_config(self.request.model),
         )
+        if isinstance(trainer.train_dataset, Dataset) and not len(trainer.train_dataset):
+            raise ValueError(
+                f"Of {len(self.train_data)} rows none is left with a token to learn within max_length="
+                f"{self.args.max_length}: what is learned comes after it, or is empty. Write a larger --max_length, or "
+                "look at the rows."
+            )
         for theirs in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(theirs)
         trainer.add_callback(self.progress)

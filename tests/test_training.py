@@ -204,17 +204,22 @@ def test_on_a_terminal_there_is_a_bar(folder: Path) -> None:
     ("changes", "launched", "said"),
     [
         ({"param_dtype": "float32", "bf16": True}, {}, "You gave param_dtype='float32' with bf16=True"),
+        (
+            {"dataset_name": "prompt_completion.csv", "max_length": 4, "packing": False},
+            {},
+            "Write a larger --max_length",
+        ),
         ({"lora_target_modules": "q_prof"}, {}, "Target modules {'q_prof'} not found"),
         ({"nproc": 3}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "--nproc 3 in"),
     ],
-    ids=["arguments", "model", "processes"],
+    ids=["arguments", "rows", "model", "processes"],
 )
 def test_what_the_workers_refuse_ends_with_2_and_one_voice(
     changes: dict[str, Any], launched: dict[str, str], said: str, folder: Path
 ) -> None:
     command = [sys.executable, *COMMAND, *arguments(folder, "refused", **changes)]
     variables = environment(**launched, **({"MASTER_PORT": free_port()} if launched else {}))
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr[-4000:]
     assert len(re.findall(f"^hf-qlora-fsdp: .*{re.escape(said)}", done.stderr, re.M)) == 1
     assert ("Traceback" in done.stderr) == ("q_prof" in said)  # an error that is not ours comes with its place
@@ -403,6 +408,7 @@ FILES = {
         ({"nproc": "none"}, "no number of processes"),
         ({"nproc": 0}, "no number of processes"),
         ({"dataset_streaming": True}, "--max_steps N"),
+        ({"report_to": "no_such_tracker"}, "pip install it"),
         ({"plot": "no/such/folder/x.png"}, "there is no folder for it"),
         ({"config": "no.yaml"}, "cannot be read"),
         ({"config": "no.yaml", "axolotl": "x.yaml"}, "hf-qlora-fsdp convert"),
