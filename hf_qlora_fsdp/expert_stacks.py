@@ -7,7 +7,8 @@ So the matrices of one projection are packed side by side, part by part:
     | codes of piece 0, 1, 2 ... | absmax of 0, 1, 2 ... | nested absmax of 0, 1, 2 ... | offset of 0, 1, 2 ... |
 
 Whatever run of neighbours is needed, its codes lie together and so do its scales: it is dequantised by one call, with
-nothing copied. The buffer is flat, `[M, 1]`, so ranks get even shares of it whatever the number of experts.
+nothing copied, and on GPUs that have Triton by one kernel (`kernels/nested_dequantize.py`).
+The buffer is flat, `[M, 1]`, so ranks get even shares of it whatever the number of experts.
 
 A **piece** is what a dense layer would call a linear layer: the gate, the up or the down projection of one expert. Each
 is quantised for itself, offset of its nested scales included, and so has the very bytes that bitsandbytes gives the
@@ -18,11 +19,14 @@ Shape suffixes: P pieces, N and K the rows and columns of one, B its blocks, M e
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .packing import NESTED_BLOCKSIZE, PackedLayout, _align, _dynamic_map
+from .packing import NESTED_BLOCKSIZE, PackedLayout, align, dynamic_map, quantize
+from .ranks import log_once
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,18 @@ class StackLayout:
                 f"divides {self.piece.numel:,}."
             )
 
-    @property
+    @functools.cached_property
     def part_bytes(self) -> tuple[int, int, int, int]:
         """Return the size of one piece's codes, absmax, nested absmax and offset."""
         piece = self.piece
         return piece.codes_bytes, piece.absmax_bytes, 4 * piece.num_nested_blocks, 4 if piece.double_quant else 0
 
-    @property
+    @functools.cached_property
     def part_starts(self) -> tuple[int, ...]:
         """Return the first byte of codes, absmax, nested absmax and offsets, and the size of the whole buffer."""
         starts = [0]
         for num_bytes in self.part_bytes:
-            starts.append(_align(starts[-1] + self.num_pieces * num_bytes))
+            starts.append(align(starts[-1] + self.num_pieces * num_bytes))
         return tuple(starts)
 
     @property
@@ -111,10 +115,31 @@ def dequantize_pieces(
         layout (`StackLayout`): The layout of `stack`.
         dtype (`torch.dtype`): Dtype of the result.
     """
+    if stack.is_cuda and (fused := _find_fused(stack.device)):
+        return fused(stack, start, stop, layout, dtype)
+    return dequantize_pieces_in_parts(stack, start, stop, layout, dtype)
+
+
+def dequantize_pieces_fused(
+    stack: torch.Tensor, start: int, stop: int, layout: StackLayout, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return what `dequantize_pieces` does, by one kernel. Needs triton."""
+    from .kernels.nested_dequantize import dequantize_run
+
+    starts = [
+        first + start * num_bytes for first, num_bytes in zip(layout.part_starts, layout.part_bytes, strict=False)
+    ]
+    return dequantize_run(stack.detach(), layout.piece, stop - start, starts, dtype, nested_blocksize=NESTED_BLOCKSIZE)
+
+
+def dequantize_pieces_in_parts(
+    stack: torch.Tensor, start: int, stop: int, layout: StackLayout, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return what `dequantize_pieces` does, by torch's and bitsandbytes' kernels: first the scales, then the codes."""
     piece, count = layout.piece, stop - start
     codes, absmax, nested, offset = _parts(stack, start, stop, layout)
     if piece.double_quant:
-        scales_PB = _dynamic_map(stack.device)[absmax.int()].view(count, piece.num_blocks)
+        scales_PB = dynamic_map(stack.device)[absmax.int()].view(count, piece.num_blocks)
         nested_PB = nested.view(torch.float32).view(count, piece.num_nested_blocks)
         num_full = piece.num_blocks // NESTED_BLOCKSIZE
         full, rest = scales_PB.tensor_split([num_full * NESTED_BLOCKSIZE], dim=1)
@@ -128,6 +153,25 @@ def dequantize_pieces(
         codes.view(-1, 1), scales, piece.blocksize, piece.quant_type, (scales.numel(), piece.blocksize), dtype
     )
     return blocks.view(count, *piece.shape)
+
+
+@functools.cache
+def _find_fused(device: torch.device) -> Callable[..., torch.Tensor] | None:
+    """Return `dequantize_pieces_fused` if it runs here and gives the bits of bitsandbytes, which is tried."""
+    try:
+        layout = StackLayout(PackedLayout((320, 64)), 3)  # more than one nested block, the last of them short
+        stack = torch.zeros(layout.packed_shape(torch.float32), dtype=torch.float32, device=device)
+        for index in range(layout.num_pieces):
+            piece = torch.linspace(-1, index, layout.piece.numel, device=device).view(layout.piece.shape)
+            insert_piece(stack, index, quantize(piece, layout.piece, torch.float32), layout)
+        probe = (stack, 1, 3, layout, torch.bfloat16)
+        if torch.equal(dequantize_pieces_fused(*probe), dequantize_pieces_in_parts(*probe)):
+            return dequantize_pieces_fused
+        problem = "its numbers are not those of bitsandbytes on this device"
+    except Exception as error:  # no triton, no C compiler for what it generates, a device it does not know
+        problem = f"{type(error).__name__}: {error}"
+    log_once("Experts are dequantised by several kernels a chunk instead of a fused one. %s", problem)
+    return None
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

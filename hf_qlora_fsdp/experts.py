@@ -31,14 +31,17 @@ columns of a matrix as it is stored.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .expert_stacks import StackLayout, dequantize_pieces, insert_piece
 from .grouping import Groups, multiply_groups
+from .kernels.silu_product import SiluOfHalves
 from .packing import PackedLayout, quantize
 from .units import format_bytes
 
@@ -161,10 +164,26 @@ class Experts4bit(nn.Module):
             for adapter in adapters:
                 delta = adapter.delta(x, groups) if adapter.parameter_name == name else None
                 y = y if delta is None else y.add_(delta)
-            x = self.gating._apply_gate(y) if name == "gate_up_proj" else y
+            x = self._gate(y) if name == "gate_up_proj" else y
         weights = _Reordered.apply(top_k_weights.reshape(-1, 1), order, place_of_row)
         weighted = _Reordered.apply(x * weights, place_of_row, order)
         return weighted.view(num_tokens, top_k, x.shape[1]).sum(1).to(hidden_states.dtype)
+
+    def _gate(self, y: torch.Tensor) -> torch.Tensor:
+        """Return what lies between the two products: by one kernel where it is silu(gate) * up."""
+        if self.is_swiglu:
+            return SiluOfHalves.apply(y)
+        return self.gating._apply_gate(y)
+
+    @functools.cached_property
+    def is_swiglu(self) -> bool:
+        """Whether the module that was replaced computes silu(gate) * up, of halves of columns.
+
+        Source:
+            `_default_apply_gate` (transformers/integrations/moe.py)
+        """
+        computes = getattr(type(self.gating)._apply_gate, "__name__", None) == "_default_apply_gate"
+        return computes and isinstance(getattr(self.gating, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"])))
 
     def dequantize(self, name: str, start: int = 0, stop: int | None = None, dtype: Any = None) -> torch.Tensor:
         """Return the matrices `[E, N, K]` of a projection. Its weight must be gathered, not a shard.

@@ -9,6 +9,9 @@ and PEFT's forward runs when it is anything but the usual: adapters switched off
 chosen by row (`adapter_names`), a hook on a part that the function does not call, parts that became FSDP units of their
 own and are gathered only when called, or numbers in another dtype than that of the product.
 
+Layers that read one input (queries, keys and values; gate and up) are one function where they are called on one and the
+same tensor, one after the other: the first call computes them all, and the others take what is there.
+
 A gated MLP whose three layers are fused becomes one function as well (`kernels/swiglu.py`), if its `forward` is,
 instruction for instruction, that of transformers' `LlamaMLP`.
 """
@@ -28,6 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .expert_lora import ParamWrapper
+from .kernels.lora_group import apply_lora_group
 from .kernels.lora_linear import LoraWeights, apply_lora_linear
 from .kernels.swiglu import apply_swiglu
 from .packing import PackedLinear4bit
@@ -36,6 +40,7 @@ from .units import format_dtype
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass
@@ -45,11 +50,13 @@ class FusionReport:
     Args:
         num_fused (`int`): LoRA layers that run fused.
         num_mlps (`int`): Gated MLPs that run as one function, their layers among the former.
+        num_groups (`int`): Other groups of layers that read one input and do, too.
         unfused (`Counter[str]`): Why the other LoRA layers do not, with their numbers.
     """
 
     num_fused: int = 0
     num_mlps: int = 0
+    num_groups: int = 0
     unfused: Counter[str] = field(default_factory=Counter)
 
     def describe(self) -> str:
@@ -71,17 +78,21 @@ class FusedLora:
         base, lora_a, lora_b = layer.base_layer, layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         self.layer = layer
         self.adapter_name = adapter_name
+        self.group: FusedGroup | None = None
         self.usual_names = (adapter_name, [adapter_name])
         self.weights = LoraWeights(base, lora_a, lora_b)
         # Read in each call, where looking them up in modules would take as long as a small kernel.
         self.current = ((layer.lora_A._modules, lora_a), (layer.lora_B._modules, lora_b), (layer._modules, base))
         self.base_parameters = base._parameters
+        self.in_features = base.in_features
         self.inner_hooks = [getattr(part, name) for part in (base, lora_a, lora_b) for name in _HOOKS]
         self.outer_hooks = [getattr(layer, name) for name in _HOOKS]
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not self.is_usual(x):
             return type(self.layer).forward(self.layer, x, *args, **kwargs)
+        if self.group is not None and (y := self.group.take(self, x)) is not None:
+            return y
         return apply_lora_linear(x, self.weights, self.layer.scaling[self.adapter_name])
 
     def is_usual(self, x: torch.Tensor) -> bool:
@@ -109,6 +120,48 @@ class FusedLora:
             return False
         device_type = x.device.type
         return not torch.is_autocast_enabled(device_type) or torch.get_autocast_dtype(device_type) == dtype
+
+
+class FusedGroup:
+    """Layers that read one input: the first one that is called computes all, and keeps the others' for them.
+
+    Whether they do read one input shows when they run. Where what was kept is still there when the next input comes,
+    the layers go on by themselves.
+
+    Args:
+        layers (`tuple[FusedLora, ...]`): The layers, in the order of their calls.
+    """
+
+    def __init__(self, layers: tuple[FusedLora, ...]) -> None:
+        self.layers = layers
+        self.weights = tuple(layer.weights for layer in layers)
+        self.x: torch.Tensor | None = None
+        self.kept: dict[int, torch.Tensor] = {}
+        self.is_off = False
+
+    def take(self, layer: FusedLora, x: torch.Tensor) -> torch.Tensor | None:
+        """Return what a layer puts out for x, `None` where it has to compute that itself."""
+        if layer is self.layers[0]:
+            return None if self.is_off else self._compute(x)
+        if self.x is not x:
+            return None
+        y = self.kept.pop(id(layer), None)
+        if not self.kept:
+            self.x = None
+        return y
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor | None:
+        others = self.layers[1:]
+        if self.kept:  # the last input was not that of all
+            self.x, self.is_off = None, True
+            self.kept.clear()
+            return None
+        if not all(layer.is_usual(x) for layer in others):
+            return None
+        scalings = tuple(layer.layer.scaling[layer.adapter_name] for layer in self.layers)
+        y, *rest = apply_lora_group(x, self.weights, scalings)
+        self.x, self.kept = x, {id(layer): output for layer, output in zip(others, rest, strict=True)}
+        return y
 
 
 class FusedMLP:
@@ -164,6 +217,14 @@ def fuse_lora(model: nn.Module) -> FusionReport:
         if _is_fusible_mlp(module):
             module.forward = FusedMLP(module)
             report.num_mlps += 1
+    for module in model.modules():
+        for names in _GROUPS:
+            layers: tuple[Any, ...] = tuple(getattr(module._modules.get(name), "forward", None) for name in names)
+            if _is_group(layers) and not isinstance(module.forward, FusedMLP):
+                group = FusedGroup(layers)
+                for layer in layers:
+                    layer.group = group
+                report.num_groups += 1
     if report.unfused:
         log_once("%s", report.describe())
     return report
@@ -198,6 +259,10 @@ def _find_obstacle(layer: LoraLayer) -> str | None:
     if isinstance(lora_a, FSDPModule) or isinstance(lora_b, FSDPModule):
         return "whose adapters are FSDP units of their own (give peft_config to load_quantized_model to fuse them)"
     return None
+
+
+def _is_group(layers: tuple[Any, ...]) -> bool:
+    return all(isinstance(layer, FusedLora) for layer in layers) and len({layer.in_features for layer in layers}) == 1
 
 
 def _is_fusible_mlp(module: nn.Module) -> bool:

@@ -83,10 +83,10 @@ class PackedLayout:
     @functools.cached_property
     def offsets(self) -> tuple[int, int, int, int]:
         """Return the first byte of absmax, nested absmax and offset, and the size of the whole buffer."""
-        absmax = _align(self.codes_bytes)
-        nested = _align(absmax + self.absmax_bytes)
-        offset = _align(nested + 4 * self.num_nested_blocks)
-        return absmax, nested, offset, _align(offset + 4) if self.double_quant else nested
+        absmax = align(self.codes_bytes)
+        nested = align(absmax + self.absmax_bytes)
+        offset = align(nested + 4 * self.num_nested_blocks)
+        return absmax, nested, offset, align(offset + 4) if self.double_quant else nested
 
     @property
     def num_bytes(self) -> int:
@@ -97,7 +97,8 @@ class PackedLayout:
         return self.num_bytes // storage_dtype.itemsize, 1
 
 
-def _align(num_bytes: int) -> int:
+def align(num_bytes: int) -> int:
+    """Return where the next part of a packed buffer begins that has so many bytes before it."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -138,7 +139,7 @@ def pack(
     absmax_start, nested_start, offset_start, num_bytes = layout.offsets
     parts = [(0, codes, layout.codes_bytes), (absmax_start, state.absmax, layout.absmax_bytes)]
     if layout.double_quant:
-        if not torch.equal(state.state2.code.float().cpu(), _dynamic_map(torch.device("cpu"))):
+        if not torch.equal(state.state2.code.float().cpu(), dynamic_map(torch.device("cpu"))):
             raise ValueError(
                 "The checkpoint's nested scales use an 8-bit map of their own. Only the standard one of bitsandbytes "
                 "can be read here. Load the 16-bit checkpoint instead; it is quantised while it is read."
@@ -169,7 +170,7 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, to
         nested = raw[nested_start : nested_start + 4 * layout.num_nested_blocks].view(torch.float32)
         offset = raw[offset_start : offset_start + 4].view(torch.float32)
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-            absmax, nested, _dynamic_map(packed.device), NESTED_BLOCKSIZE, torch.float32
+            absmax, nested, dynamic_map(packed.device), NESTED_BLOCKSIZE, torch.float32
         )
         absmax += offset
     else:
@@ -219,7 +220,7 @@ def _find_fused(device: torch.device) -> Callable[[torch.Tensor, PackedLayout, t
 
 
 @functools.lru_cache
-def _dynamic_map(device: torch.device) -> torch.Tensor:
+def dynamic_map(device: torch.device) -> torch.Tensor:
     """Return the 256 values of bitsandbytes' signed dynamic 8-bit type (arXiv:2110.02861, section 2.1)."""
     return bnb_functional.create_dynamic_map().to(device)
 
@@ -234,7 +235,10 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, module: PackedLinear4bit) -> torch.Tensor:
         ctx.module = module
-        return nn.functional.linear(x, dequantize(module.weight, module.layout, x.dtype), bias)
+        x_TK = x.reshape(-1, x.shape[-1])
+        y_TN = nn.functional.linear(x_TK, dequantize(module.weight, module.layout, x.dtype), bias)
+        # `linear` may return a view, which callers could not change in place: PEFT does, with adapters chosen by row.
+        return torch.ops.aten._unsafe_view(y_TN, (*x.shape[:-1], y_TN.shape[1]))
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:

@@ -27,7 +27,7 @@ from .weighing import ModelWeight
 EFFICIENCY = 0.8
 """Of the peak, what large multiplications reach: 790 of 989 TFLOP/s in bfloat16, H100, cuBLAS (`matmul_share.py`)."""
 LAUNCH_SECONDS = 0.015
-"""A layer, its forward twice and its backward. Measured: `llama-3-8b: step`, batch 2, fused, Liger, where the card waits:
+"""A layer, its forward twice and its backward. Measured: `llama-3-8b: step`, batch 2, fused, Liger; the card waits:
 0.55 s for 32 layers and what is around them."""
 STEP_SECONDS = 0.02
 """The optimizer, clipping and logging."""

@@ -217,6 +217,36 @@ def test_what_is_not_said_is_that_programs_default(program):
     assert read(smallest)[0] == SMALLEST[program]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bnb_config_kwargs": {"bnb_4bit_quant_storage": "uint8"}},
+        {"wandb_name": "first"},
+        {"eval_strategy": "epoch"},
+        {"evaluation_strategy": "steps"},
+        {"eval_steps": 5},
+        {"evals_per_epoch": 2},
+        {"tf32": "auto"},
+        {"bf16": "full"},
+        {"selective_checkpointing": True},
+        {"plugins": ["axolotl.integrations.lm_eval.LMEvalPlugin"]},
+        {"model_config": {"output_router_logits": True}},
+        {"optimizer": "adamw_hf"},
+        {"gradient_checkpointing": True, "activation_offloading": "legacy_disk"},
+        {"chat_template": "llama3"},
+        {"wandb_project": "mine"},
+    ],
+    ids=" ".join,
+)
+def test_what_is_read_and_not_used_is_said(changes):
+    key, value = list(changes.items())[-1]
+    if isinstance(value, dict):
+        key, value = next((f"{key}.{name}", inner) for name, inner in value.items())
+    value = value[0] if isinstance(value, list) else value
+    _, notes = read_axolotl({**AXOLOTL, **changes})
+    assert any(f"{key}: {value!r} is not used: " in note for note in notes)
+
+
 def test_what_fsdp_settles_is_said():
     _, notes = read_axolotl({**AXOLOTL, "fsdp_config": {"fsdp_use_orig_params": False, "limit_all_gathers": True}})
     assert [note for note in notes if "fsdp" in note] == [
@@ -247,7 +277,8 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ({"lora_modules_to_save": ["lm_head"]}, {"lora_modules_to_save": ["lm_head"]}),
         ({"peft_use_dora": True}, {"use_dora": True}),
         (
-            {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}},
+            {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False,
+                "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8"}},
             {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
         ),
         ({"fsdp": ["full_shard", "auto_wrap", "offload"]}, {"reshard_after_forward": True, "cpu_offload": True}),
@@ -378,6 +409,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     for changes, words in [
         ({"adapter": None}, "adapter: qlora"),
         ({"load_in_4bit": False}, "load_in_4bit: true"),
+        ({"adapter": None, "lora_r": None}, "adapter: qlora"),
         ({"peft_autocast_adapter_dtype": False}, "float32"),
         ({"peft_init_lora_weights": "pissa"}, "pissa"),
         ({"lora_target_linear": False}, "lora_target_modules"),
@@ -386,6 +418,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         ({"fsdp_config": {"offload_parms": True}}, "'offload_params'"),
         ({"fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}, "SIZE_BASED_WRAP"),
         ({"fp16": True, "bf16": True}, "fp16"),
+        ({"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "float32"}}, "bfloat16"),
+        ({"flash_attention": True, "attn_implementation": "sdpa"}, "another key asks for 'sdpa'"),
         ({"xformers_attention": True}, "'xformers'"),
         ({"sage_attention": True}, "'sage'"),
         ({"attn_implementation": "flash"}, "flash_attention_2"),
@@ -403,6 +437,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         ({"warmup_ratio": 10}, "share"),
         ({"save_steps": 5, "saves_per_epoch": 1}, "saves_per_epoch"),
         ({"save_strategy": "often"}, "often"),
+        ({"save_strategy": "no", "saves_per_epoch": 2}, "saves_per_epoch"),
+        ({"val_set_size": 9, "eval_strategy": "epoch", "eval_steps": 2}, "eval_steps"),
         ({"val_set_size": 0.1, "evaluation_strategy": "no"}, "val_set_size"),
         ({"learning_rate": "quick"}, "a number"),
         ({"lora_r": 1.5}, "a whole number"),
@@ -429,6 +465,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         ({"message_property_mappings": {"weight": "weight"}}, "weight"),
         ({"message_field_content": "words"}, "words"),
         ({"roles_to_train": ["assistant", "user"]}, "roles_to_train"),
+        ({"roles_to_train": []}, "roles_to_train"),
         ({"train_on_eos": "last"}, "train_on_eos"),
         ({"chat_template": "chatml"}, "chat_template_jinja"),
         ({"chat_template_jinja": "{{ messages }}"}, "template.jinja"),
@@ -512,10 +549,11 @@ def test_every_key_has_one_fate_and_those_that_are_read_are_tested():
         (ROW, {"path": "some/rows"}, {"dataset_format": "alpaca", "completion_only_loss": True}),
         ({**ROW, "name": "en", "split": "train[:9]"}, {"path": "some/rows", "name": "en", "split": "train[:9]"}, {}),
         ({**ROW, "path": "rows.jsonl", "ds_type": "json"}, {"path": "rows.jsonl"}, {}),
-        ({**ROW, "path": "rows", "ds_type": "json"}, {"path": "json", "data_files": "rows"}, {}),
+        ({**ROW, "path": "without_ending", "ds_type": "json"}, {"path": "json", "data_files": "without_ending"}, {}),
+        ({**ROW, "ds_type": "json"}, {"path": "some/rows"}, {}),
         (
-            {**ROW, "path": "rows", "ds_type": "json", "data_files": ["a.jsonl", "b.jsonl"]},
-            {"path": "json", "data_files": ["rows/a.jsonl", "rows/b.jsonl"]},
+            {**ROW, "ds_type": "json", "data_files": ["a.jsonl", "b.jsonl"]},
+            {"path": "some/rows", "data_files": ["a.jsonl", "b.jsonl"]},
             {},
         ),
         ({**ROW, "data_files": "a.jsonl"}, {"path": "some/rows", "data_files": "a.jsonl"}, {}),
@@ -546,7 +584,9 @@ def test_every_key_has_one_fate_and_those_that_are_read_are_tested():
         ),
     ],
 )
-def test_a_dataset_of_axolotl(entry, dataset, form):
+def test_a_dataset_of_axolotl(entry, dataset, form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "without_ending").write_text("[]")
     arguments, _ = read_axolotl({**AXOLOTL, "datasets": [entry]})
     assert arguments["datasets"] == [{"split": "train", **dataset}]
     assert {name: arguments.get(name) for name in form} == form

@@ -44,10 +44,12 @@ def train_ours(rank: int, folder: str, out: str, peft: dict[str, Any], changes: 
     return run
 
 
-def train_stock(rank: int, folder: str, out: str, first: dict[str, Any], changes: dict[str, Any]) -> training.Run:
+def train_stock(
+    rank: int, folder: str, out: str, first: dict[str, Any], changes: dict[str, Any], peft: dict[str, Any] = TARGETS
+) -> training.Run:
     model = dequantized_model(folder)
     changes = ARGUMENTS | {"folder": out, "gradient_accumulation_steps": 2} | changes
-    trainer = training.stock(folder, training.equal_rows(8), changes, torch.float32, TARGETS, model=model)
+    trainer = training.stock(folder, training.equal_rows(8), changes, torch.float32, peft, model=model)
     training.fill_adapter(trainer.model, first)
     return training.run(trainer)
 
@@ -88,6 +90,16 @@ def test_trajectory_and_auxiliary_loss_equal_plain_trl(trained: training.Run, fo
         train_stock, folder, out + "/deaf", trained.extra["first"], {"router_aux_loss_coef": 0.0, "max_steps": 1}
     )
     assert abs(deaf.losses[0] - trained.losses[0]) > 0.05
+
+
+def test_a_router_is_trained_where_it_is_asked_for(ranks: RankPool, folder: str, tmp_path: Path) -> None:
+    peft = TARGETS | {"modules_to_save": ["gate"]}
+    ours = ranks.run(train_ours, folder, str(tmp_path / "ours"), peft, {"max_steps": 5})[0]
+    first = ours.extra["first"]
+    (stock,) = training.alone().run(train_stock, folder, str(tmp_path / "stock"), first, {"max_steps": 5}, peft)
+    assert_close(ours, stock, 5)
+    routers = [name for name in ours.adapter if ".gate." in name]
+    assert len(routers) == 2 and not any(torch.equal(ours.adapter[name], first[name]) for name in routers)
 
 
 def test_resumed_under_offload_and_checkpointing(

@@ -327,15 +327,29 @@ def shard(model: PeftModel, policy: ShardingPolicy) -> PeftModel:
     return model
 
 
-def sharded_errors(rank: int, case: tuple[str, int, str, bool], offload: bool) -> dict[str, tuple[float, float]]:
+def sharded_errors(
+    rank: int, case: tuple[str, int, str, bool], offload: bool, num_hit: int = NUM_EXPERTS
+) -> dict[str, tuple[float, float]]:
     model_type, top_k, implementation, checkpointing = case
     model = make_moe(model_type, top_k, implementation)
+    if num_hit == 2:  # opposite logits: one of the two is positive, and all others are zero
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[1] = -layer.mlp.gate.weight[0]
+            layer.mlp.gate.weight[2:] = 0
     ours, stock = add_lora(pack_and_dequantize(model), ours=True), add_lora(model, ours=False)
     shard(ours, ShardingPolicy(param_dtype=torch.float32, cpu_offload=offload))
     if checkpointing:
         enable_checkpointing(ours)
     batches = [tokens(5, seed=other) for other in range(2)]
     found = run(ours, [batches[rank]])
+    for name, grad in found.items():
+        if "experts" in name and num_hit < NUM_EXPERTS:
+            of_expert = (
+                grad.unflatten(0, (NUM_EXPERTS, -1))
+                if "lora_A" in name
+                else grad.unflatten(1, (-1, NUM_EXPERTS)).permute(2, 0, 1)
+            )
+            assert of_expert[:num_hit].flatten(1).any(1).all() and not of_expert[num_hit:].any()
     batches.append(batches.pop(rank))  # the logits that are compared are those of this rank
     return errors(found, stock, batches)
 
@@ -344,6 +358,12 @@ def sharded_errors(rank: int, case: tuple[str, int, str, bool], offload: bool) -
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_sharded_over_two_ranks(ranks: RankPool, case: tuple[str, int, str, bool], offload: bool) -> None:
     for found in ranks.run(sharded_errors, case, offload):
+        check(found)
+
+
+def test_experts_that_no_rank_sends_a_token_to(ranks: RankPool) -> None:
+    """Their gradients are zero, not missing and not what lay in memory."""
+    for found in ranks.run(sharded_errors, CASES[1], True, 2):
         check(found)
 
 

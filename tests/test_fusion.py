@@ -228,6 +228,23 @@ def test_adapters_chosen_by_row(fused_calls):
     assert fused_calls == []
 
 
+def test_adapters_chosen_by_row_have_gradients():
+    """PEFT adds each adapter's part to its rows in place, so what the layer puts out must not be a view."""
+    model = make_model().eval()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["packed"], init_lora_weights=False))
+    model.bfloat16()
+    gradients = []
+    for names in (["default"] * 3, ["default", "other", "default"]):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name).grad = None
+        model(draw_input(), adapter_names=names).float().square().sum().backward()
+        layer = layer_of(model)
+        gradients.append({name: layer.lora_B[name].weight.grad for name in ("default", "other")})
+    assert gradients[0]["other"] is None or not gradients[0]["other"].any()
+    assert gradients[1]["other"].any() and gradients[1]["default"].any()
+    assert not torch.equal(gradients[0]["default"], gradients[1]["default"])
+
+
 def test_numbers_in_another_dtype_are_said_once(caplog, monkeypatch):
     monkeypatch.setattr(fusion, "_said", set())
     model = make_model()
@@ -261,6 +278,77 @@ def test_fusing_again_after_another_adapter_was_made_active(fused_calls):
     assert fuse_lora(model).num_fused == 1
     assert_rounded_alike(model(draw_input()), expected)
     assert fused_calls == ["apply_lora_linear"]
+
+
+# ---- Layers that read one input --------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """What matters of one: three layers, called on one tensor, or each on one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_loaded_in_4bit = True
+        for name, rows in (("q_proj", 128), ("k_proj", 64), ("v_proj", 64)):
+            linear = make_linear((rows, HIDDEN), dtype=torch.bfloat16)
+            setattr(self, name, repack(linear, compute_dtype=torch.bfloat16, storage_dtype=torch.bfloat16))
+        self.apart = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        others = (x.clone(), x.clone()) if self.apart else (x, x)
+        return torch.cat([self.q_proj(x), self.k_proj(others[0]), self.v_proj(others[1])], dim=-1)
+
+
+@pytest.fixture
+def group_calls(monkeypatch) -> list[int]:
+    """List how many layers each call of the function was given."""
+    calls: list[int] = []
+    original = fusion.apply_lora_group
+    monkeypatch.setattr(
+        fusion,
+        "apply_lora_group",
+        lambda x, layers, scalings: calls.append(len(layers)) or original(x, layers, scalings),
+    )
+    return calls
+
+
+def make_attention() -> PeftModel:
+    torch.manual_seed(0)
+    return add_adapter(Attention(), target_modules=["q_proj", "k_proj", "v_proj"])
+
+
+def test_layers_that_read_one_input_run_as_one(group_calls, fused_calls):
+    model = make_attention()
+    expected = model(draw_input())
+    report = fuse_lora(model)
+    assert (report.num_fused, report.num_groups) == (3, 1)
+    for _ in range(2):
+        assert_rounded_alike(model(draw_input()), expected)
+    assert group_calls == [3, 3] and fused_calls == []
+    attention = model.base_model.model
+    group = attention.q_proj.forward.group
+    assert group.x is None and not group.kept  # nothing is held beyond the calls
+
+
+def test_layers_that_do_not_read_one_input_go_on_by_themselves(group_calls, fused_calls):
+    model = make_attention()
+    fuse_lora(model)
+    together = model(draw_input())
+    model.base_model.model.apart = True
+    for _ in range(3):
+        assert_rounded_alike(model(draw_input()), together)
+    assert group_calls == [3, 3]  # found out by what the second call left
+    assert len(fused_calls) == 2 + 3 + 3
+
+
+def test_a_layer_that_wants_something_else_takes_the_group_apart(group_calls):
+    model = make_attention()
+    fuse_lora(model)
+    handle = model.base_model.model.k_proj.lora_A["default"].register_forward_hook(lambda m, args, y: y * 0)
+    without = model(draw_input())
+    handle.remove()
+    assert group_calls == []
+    assert not torch.equal(model(draw_input()), without) and group_calls == [3]
 
 
 # ---- On the ranks ----------------------------------------------------------------------------------------------------

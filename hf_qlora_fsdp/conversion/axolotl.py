@@ -1,7 +1,8 @@
 """An Axolotl file, read for the run that it describes.
 
-Most keys are a table (`axolotl_keys.py`). Here are those that take a thought, each function a subject: the adapter,
-precision and attention, sharding and what is recomputed, batches and schedule, saving and evaluating, data, trackers.
+Most keys are a table (`axolotl_keys.py`). Here are those that take a thought, each function a subject: precision and
+attention, the adapter and the frozen weights, sharding and what is recomputed, the model and its tokens, trackers. Data
+have a room of their own (`axolotl_data.py`), and so has what is done step by step (`axolotl_steps.py`).
 
 Three things differ from Axolotl where no key asks for it, and are said in a note. Rows longer than `sequence_len` are
 cut, Axolotl leaves them out. The loss is the mean over the tokens of all ranks, Axolotl's is a mean of the ranks'
@@ -12,24 +13,17 @@ it would be is not known before the data is read.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from typing import Any
 
-from ..translation import nearest, parse_bool, refuse_unsupported, translate_fsdp
+from ..translation import nearest, parse_bool, refusal, translate_fsdp
 from .axolotl_data import read_data
 from .axolotl_keys import DEFAULTS, HARMLESS, LORA, OTHER_MODEL, READ, REFUSED, RENAMED, UNUSED
+from .axolotl_steps import read_batches, read_saving, read_schedule
 from .foreign_keys import ForeignKeys
 
 PROGRAM = "Axolotl"
 KEYS = frozenset(RENAMED) | frozenset(UNUSED) | frozenset(REFUSED) | frozenset(READ)
 
-# Those of transformers that act on each parameter alone and keep their states as the parameter is, sharded.
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_4bit", "adamw_torch_8bit", "sgd", "adagrad", "rmsprop")
-# Those of transformers that need nothing but the number of steps, and `lr_scheduler_kwargs` for the last ones.
-SCHEDULES = (
-    *("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"),
-    *("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
-)
 _ATTENTION_FLAGS = {
     "xformers_attention": "xformers",
     "sage_attention": "sage",
@@ -73,6 +67,7 @@ def read_axolotl(file: dict[Any, Any]) -> tuple[dict[str, object], list[str]]:
     keys = ForeignKeys(PROGRAM, file)
     keys.check(KEYS)
     keys.refuse(REFUSED, HARMLESS)
+    _check_adapter(keys)
     for key, what in (
         ("base_model", "the model"),
         ("datasets", "the data"),
@@ -83,22 +78,27 @@ def read_axolotl(file: dict[Any, Any]) -> tuple[dict[str, object], list[str]]:
         if key not in keys:
             keys.demand(key, what)
     keys.rename(RENAMED)
-    for read in (_read_model, _read_adapter, _read_precision, _read_sharding, read_data, _read_batches, _read_schedule):
+    for read in (_read_model, _read_precision, _read_adapter, _read_quantization, _read_sharding, read_data):
         read(keys)
-    _read_saving(keys)
-    _read_trackers(keys)
+    for read in (read_batches, read_schedule, read_saving, _read_trackers):
+        read(keys)
     keys.leave(UNUSED)
     keys.finish()
     keys.notes.append("The loss is the mean over the tokens of all ranks; Axolotl's is a mean of the ranks' means.")
     return keys.values | {name: value for name, value in DEFAULTS.items() if name not in keys.values}, keys.notes
 
 
-def _read_adapter(keys: ForeignKeys) -> None:
+def _check_adapter(keys: ForeignKeys) -> None:
     adapter, in_4bit = keys.take("adapter"), keys.take_switch("load_in_4bit")
     if adapter not in ("qlora", "lora") or not in_4bit:
-        given = f"{adapter!r} with load_in_4bit: {str(in_4bit).lower()}"
-        why = "the base model is frozen in 4 bits here, and an adapter is what is trained"
-        raise keys.refusal("adapter", given, why, "Write adapter: qlora and load_in_4bit: true.")
+        raise refusal(
+            f"adapter: {adapter or ''} with load_in_4bit: {str(in_4bit).lower()} in a file of {PROGRAM}",
+            "the base model is frozen in 4 bits here, and an adapter is what is trained",
+            "Write adapter: qlora and load_in_4bit: true.",
+        )
+
+
+def _read_adapter(keys: ForeignKeys) -> None:
     keys.values["use_peft"] = True
     if not keys.take_switch("peft_autocast_adapter_dtype", True):
         why = "what is trained is float32, whatever the base model is"
@@ -120,17 +120,21 @@ def _read_adapter(keys: ForeignKeys) -> None:
         keys.demand("lora_target_modules", "what is adapted")
     if names:
         keys.values["lora_target_modules"] = [str(name) for name in names]
-    known = {"bnb_4bit_quant_type": "bnb_4bit_quant_type", "bnb_4bit_use_double_quant": "bnb_4bit_use_double_quant"}
+
+
+def _read_quantization(keys: ForeignKeys) -> None:
+    dtype = "float16" if keys.values.get("fp16") else "bfloat16" if keys.values["bf16"] else "float32"
+    known = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     for name, value in keys.take_mapping("bnb_config_kwargs").items():
+        key = f"bnb_config_kwargs.{name}"
         if name in known:
-            keys.values[known[name]] = value
-        elif name in ("load_in_4bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
-            keys.note(
-                f"bnb_config_kwargs.{name}", value, "it follows from bf16 and fp16, or packed bytes are corrupted"
-            )
-        else:
-            hint = nearest(name, known)
-            raise keys.refusal(f"bnb_config_kwargs.{name}", value, "it acts in transformers' loader only", hint)
+            keys.values[name] = value
+        elif name == "bnb_4bit_quant_storage":
+            keys.note(key, value, "packed bytes are stored under the dtype of the computation")
+        elif name not in ("bnb_4bit_compute_dtype", "load_in_4bit"):
+            raise keys.refusal(key, value, "it acts in transformers' loader only", nearest(name, known))
+        elif str(value).removeprefix("torch.") not in (dtype, "True"):
+            raise keys.refusal(key, value, f"weights are in 4 bits, and bf16 and fp16 say {dtype}", "Remove it.")
 
 
 def _read_precision(keys: ForeignKeys) -> None:
@@ -148,16 +152,18 @@ def _read_precision(keys: ForeignKeys) -> None:
         keys.note("tf32", tf32, "products are computed in 16 bits, and PyTorch's setting stays as it is for the rest")
     elif tf32 is not None:
         keys.values["tf32"] = parse_bool(keys.say("tf32", tf32), tf32)
-    chosen = keys.take("attn_implementation")
-    for flag, name in _ATTENTION_FLAGS.items():
-        if keys.take_switch(flag):
-            chosen = chosen or name
-    if chosen is None:
-        return
-    if chosen not in _ATTENTION and "/" not in str(chosen):
-        why = "transformers has no such attention"
-        raise keys.refusal("attn_implementation", chosen, why, nearest(str(chosen), _ATTENTION))
-    keys.values["attn_implementation"] = chosen
+    for chosen in _chosen_attention(keys):
+        if chosen not in _ATTENTION and "/" not in str(chosen):
+            why = "transformers has no such attention"
+            raise keys.refusal("attn_implementation", chosen, why, nearest(str(chosen), _ATTENTION))
+        if keys.values.setdefault("attn_implementation", chosen) != chosen:
+            why = f"another key asks for {keys.values['attn_implementation']!r}"
+            raise keys.refusal("attn_implementation", chosen, why, "Remove one of them.")
+
+
+def _chosen_attention(keys: ForeignKeys) -> list[object]:
+    chosen = [keys.take("attn_implementation")] if "attn_implementation" in keys else []
+    return chosen + [name for flag, name in _ATTENTION_FLAGS.items() if keys.take_switch(flag)]
 
 
 def _read_sharding(keys: ForeignKeys) -> None:
@@ -182,108 +188,6 @@ def _read_sharding(keys: ForeignKeys) -> None:
     if "selective_checkpointing" in keys:
         why = "each layer is recomputed as a whole, with the same result"
         keys.note("selective_checkpointing", keys.take("selective_checkpointing"), why)
-
-
-def _read_batches(keys: ForeignKeys) -> None:
-    micro, steps, total = (
-        keys.take_number(key, int) for key in ("micro_batch_size", "gradient_accumulation_steps", "batch_size")
-    )
-    if total and steps and not micro:
-        micro = total // steps
-    elif total and micro and not steps:
-        steps = total // micro
-    elif total and total != (micro or 1) * (steps or 1):
-        why = f"it is micro_batch_size times gradient_accumulation_steps, {micro or 1} times {steps or 1}"
-        raise keys.refusal("batch_size", total, why, "Remove batch_size.")
-    keys.values["per_device_train_batch_size"] = micro or 1
-    keys.values["gradient_accumulation_steps"] = steps or 1
-    keys.values["per_device_eval_batch_size"] = keys.take_number("eval_batch_size", int, micro or 1)
-    if keys.take_switch("group_by_length"):
-        keys.values["train_sampling_strategy"] = "group_by_length"
-    if keys.values.get("packing"):
-        keys.values["shuffle_dataset"] = keys.take_switch("shuffle_merged_datasets", True)
-    elif not keys.take_switch("shuffle_merged_datasets", True):
-        why = "the trainer draws rows in a random order"
-        raise keys.refusal("shuffle_merged_datasets", False, why, "Remove it.")
-
-
-def _read_schedule(keys: ForeignKeys) -> None:
-    optim = str(keys.take("optimizer", "adamw_torch_fused"))
-    if optim == "adamw_hf":
-        keys.note("optimizer", optim, "transformers 5 has no AdamW of its own; PyTorch's, which computes the same, is")
-        optim = "adamw_torch"
-    try:
-        refuse_unsupported(defaultdict(lambda: None, optim=optim, cpu_offload_pin_memory=True), {})
-    except ValueError as error:
-        raise ValueError(f"{keys.say('optimizer', optim)} is optim={optim!r} here. {error}") from error
-    if optim not in OPTIMIZERS:
-        why = "it is not known to work on sharded parameters, or not in transformers"
-        raise keys.refusal("optimizer", optim, why, nearest(optim, OPTIMIZERS))
-    keys.values["optim"] = optim
-    extra = keys.take("optim_args")
-    if extra:
-        pairs = extra.items() if isinstance(extra, dict) else ()
-        keys.values["optim_args"] = ",".join(f"{name}={value}" for name, value in pairs) or str(extra)
-    schedule, options = str(keys.take("lr_scheduler", "cosine")), keys.take_mapping("lr_scheduler_kwargs")
-    least = keys.take_number("cosine_min_lr_ratio")
-    if least is not None and schedule == "cosine":
-        schedule, options = "cosine_with_min_lr", {**options, "min_lr_rate": least}
-    elif least is not None:
-        raise keys.refusal("cosine_min_lr_ratio", least, f"lr_scheduler is {schedule!r}", "Remove it.")
-    if schedule not in SCHEDULES:
-        why = "transformers has no such schedule, or it needs more than a file can say"
-        raise keys.refusal("lr_scheduler", schedule, why, nearest(schedule, SCHEDULES))
-    keys.values["lr_scheduler_type"] = schedule
-    if options:
-        keys.values["lr_scheduler_kwargs"] = options
-    ratio, steps = keys.take_number("warmup_ratio"), keys.take_number("warmup_steps", int)
-    if ratio is not None and steps is not None:
-        raise keys.refusal("warmup_ratio", ratio, "warmup_steps says it as well", "Remove one of them.")
-    if ratio is not None and not 0 <= ratio < 1:
-        raise keys.refusal("warmup_ratio", ratio, "it is a share of the steps", "Write a number from 0 to below 1.")
-    if steps is None and ratio is None:
-        keys.notes.append("Without warmup_steps: 3 % of the steps, which Axolotl cuts at 100 steps.")
-    # A number below one is a share of the steps, in transformers 5.
-    keys.values["warmup_steps"] = steps if steps is not None else 0.03 if ratio is None else ratio
-
-
-def _read_saving(keys: ForeignKeys) -> None:
-    """Read when to save and when to evaluate; a number below one is a share of all steps."""
-    size = keys.take_number("val_set_size", float, 0.0)
-    _read_interval(keys, "save", "saves_per_epoch", keys.take("save_strategy", "epoch"))
-    older = keys.take("evaluation_strategy", "epoch")
-    strategy = keys.take("eval_strategy", older)
-    if size:
-        keys.values["test_split_size"] = size
-        _read_interval(keys, "eval", "evals_per_epoch", strategy)
-        if keys.values["eval_strategy"] == "no":
-            why = "the rows that it holds out would never be read, as eval_strategy is no"
-            raise keys.refusal("val_set_size", size, why, "Remove one of them.")
-        keys.values["eval_on_start"] = True
-    else:
-        for key in ("eval_steps", "evals_per_epoch"):
-            if key in keys:
-                keys.note(key, keys.take(key), "val_set_size is 0, so there is nothing to evaluate on")
-        keys.values["eval_strategy"] = "no"
-
-
-def _read_interval(keys: ForeignKeys, verb: str, per_epoch: str, strategy: object) -> None:
-    steps, times = keys.take_number(f"{verb}_steps"), keys.take_number(per_epoch)
-    epochs: Any = keys.values.get("num_train_epochs", DEFAULTS["num_train_epochs"])
-    if steps and times:
-        raise keys.refusal(per_epoch, times, f"{verb}_steps says it as well", "Remove one of them.")
-    if times and times * epochs <= 1:
-        strategy = "epoch"
-    elif times:
-        steps = 1 / (times * epochs)
-    if steps:
-        strategy, keys.values[f"{verb}_steps"] = "steps", int(steps) if steps >= 1 else steps
-    if strategy is False:  # `no` without quotes is a switch to a YAML parser
-        strategy = "no"
-    if strategy not in ("no", "epoch", "steps"):
-        why = "it is none that needs no more than a file says"
-        raise keys.refusal(f"{verb}_strategy", strategy, why, "Write steps, epoch or no.")
-    keys.values[f"{verb}_strategy"] = strategy
 
 
 def _read_model(keys: ForeignKeys) -> None:
@@ -320,13 +224,16 @@ def _read_trackers(keys: ForeignKeys) -> None:
     asked["use_wandb"] |= bool(project)
     if any(asked.values()):
         keys.values["report_to"] = [_TRACKERS[key] for key in _TRACKERS if asked[key]]
-    for key, tracker in (("wandb_name", "use_wandb"), ("mlflow_run_name", "use_mlflow")):
+    for key, tracker in (
+        ("wandb_name", "use_wandb"),
+        ("mlflow_run_name", "use_mlflow"),
+        ("trackio_run_name", "use_trackio"),
+    ):
         name = keys.take(key)
-        if name and asked[tracker]:
+        if name and asked[tracker] and "run_name" not in keys.values:
             keys.values["run_name"] = name
-    name = keys.take("trackio_run_name")
-    if name and asked["use_trackio"]:
-        keys.values["run_name"] = name
+        elif name:
+            keys.note(key, name, f"{tracker} is off, or another key has named the run")
     repository = keys.take("hub_model_id")
     if repository:
         keys.values.update(push_to_hub=True, hub_model_id=repository, hub_private_repo=True, hub_always_push=True)

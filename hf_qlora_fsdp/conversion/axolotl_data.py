@@ -14,7 +14,7 @@ TRL concatenates datasets before it reads them, so all of a file have one form.
 
 from __future__ import annotations
 
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from ..translation import nearest
@@ -107,13 +107,10 @@ def _read_dataset(
 def _read_source(keys: ForeignKeys) -> dict[str, object]:
     path, kind, files = keys.demand("path", "the data"), keys.take("ds_type"), keys.take("data_files")
     dataset: dict[str, object] = {"path": path}
-    if kind and not files and PurePath(path).suffix not in _ENDINGS:
+    if kind and not files and Path(path).is_file() and Path(path).suffix not in _ENDINGS:
         dataset, files = {"path": kind}, path
-    elif kind and files:
-        dataset = {"path": kind}
-        folder = [] if path in (kind, "json", "csv", "parquet", "text") else [path]
-        names = [str(PurePath(*folder, name)) for name in ([files] if isinstance(files, str) else files)]
-        files = names if len(names) > 1 else names[0]
+    elif kind and Path(path).suffix not in _ENDINGS:
+        keys.note("ds_type", kind, "no file lies there without an ending, and datasets tells the type of others itself")
     if files:
         dataset["data_files"] = files
     if "name" in keys:
@@ -130,8 +127,8 @@ def _read_conversation(keys: ForeignKeys, all_trained: bool) -> dict[str, object
         given = f"{place[0]}, with {place[1]}, {place[2]}" + "".join(f" and {name}" for name in names)
         why = "train reads conversations of role and content, or of from and value"
         raise keys.refusal("field_messages", given, why, "Write the data in one of these forms.")
-    roles = keys.take_list("roles_to_train")
-    if not all_trained and roles and not set(map(str, roles)) <= {"assistant", "gpt"}:
+    roles = keys.take("roles_to_train", ["assistant"])
+    if not all_trained and roles not in ("assistant", ["assistant"], ["gpt"], ["assistant", "gpt"]):
         why = "what is trained on is what the assistant says, or everything"
         raise keys.refusal("roles_to_train", roles, why, "Remove it, or write train_on_inputs: true.")
     for key in ("train_on_eos", "train_on_eot"):
@@ -152,7 +149,9 @@ def _read_template(keys: ForeignKeys, name: Any, jinja: Any, used: bool) -> dict
     if not used:
         keys.note("chat_template", name or jinja, "the rows are no conversations, and the tokenizer keeps its own")
         return {}
-    if jinja is not None and name in (None, "jinja"):
+    if jinja is not None and name not in (None, "jinja"):
+        keys.note("chat_template_jinja", jinja, f"chat_template is {name}")
+    elif jinja is not None:
         if not str(jinja).endswith((".jinja", ".j2")):
             why = "TRL reads templates from files"
             instead = "Save it to template.jinja, and write chat_template_jinja: template.jinja."

@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ..translation import nearest, refuse_unsupported, translate_fsdp
+from ..translation import nearest, refusal, refuse_unsupported, translate_fsdp
 from .foreign_keys import ForeignKeys
 from .llama_factory_keys import DEFAULTS, HARMLESS, READ, REFUSED, RENAMED, TEMPLATE, UNUSED
 
@@ -82,8 +82,11 @@ def _read_method(keys: ForeignKeys) -> None:
             raise keys.refusal(key, value, why, instead)
     bits, method = keys.take("quantization_bit"), keys.take("quantization_method", "bnb")
     if bits != 4 or method not in ("bnb", "bitsandbytes"):
-        why = "frozen weights are in 4 bits of bitsandbytes here"
-        raise keys.refusal("quantization_bit", f"{bits} by {method}", why, "Write quantization_bit: 4, and no method.")
+        raise refusal(
+            f"quantization_bit: {bits or ''} with quantization_method: {method} in a file of {PROGRAM}",
+            "frozen weights are in 4 bits of bitsandbytes here",
+            "Write quantization_bit: 4, and no method.",
+        )
     keys.values["use_peft"] = True
     names = _split(keys.take("lora_target", "all"))
     if names == ["all"]:
@@ -123,8 +126,8 @@ def _read_schedule(keys: ForeignKeys) -> None:
             raise keys.refusal("warmup_ratio", ratio, "warmup_steps says it as well", "Remove one of them.")
         keys.values["warmup_steps"] = ratio  # a number below one is a share of the steps, in transformers 5
     older = keys.take("evaluation_strategy")
-    if older is not None:
-        keys.values.setdefault("eval_strategy", older)
+    if older is not None and keys.values.setdefault("eval_strategy", older) != older:
+        raise keys.refusal("evaluation_strategy", older, "eval_strategy says another", "Remove one of them.")
     if keys.take_switch("group_by_length"):
         keys.values["train_sampling_strategy"] = "group_by_length"
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):

@@ -7,18 +7,23 @@ a few blocks of codes together with their scales, straight from the packed buffe
     absmax = map8[absmax8] * nested_absmax + offset          one a block of weights
     weight = map4[code] * absmax, rounded to the dtype       two a byte, the high half first
 
+**Pieces.** Equal weights whose codes lie side by side, and their scales likewise (`expert_stacks.py`), are dequantised
+as one. Each has nested scales and an offset of its own, which a block finds by the number of its piece.
+
 **The same bits.** bitsandbytes rounds the first product to float32 before the offset is added, since that happens in
 another kernel. A compiler would fuse the two into one multiply-add that rounds once; `enable_fp_fusion=False` forbids
 it. (Weights below 1.2e-38 are the exception: bitsandbytes is compiled with flushing of subnormal numbers to zero.)
 
 This module needs triton, which comes with CUDA builds of torch and is no requirement: import it where it may be absent.
 
-Shape suffixes: N out_features, K in_features, B blocks of one program, H bytes of a block, W weights of a block.
+Shape suffixes: N out_features, K in_features, P pieces, B blocks of one program, H bytes of a block, W weights of a
+block.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes.functional as bnb_functional
@@ -39,9 +44,12 @@ def _dequantize(
     map8_ptr,
     numel,
     codes_bytes,
+    codes_start,
     absmax_start,
     nested_start,
     offset_start,
+    blocks_per_piece,
+    nested_per_piece,
     DOUBLE_QUANT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
@@ -53,13 +61,17 @@ def _dequantize(
         nested_ptr = (packed_ptr + nested_start).to(tl.pointer_type(tl.float32))
         offset_ptr = (packed_ptr + offset_start).to(tl.pointer_type(tl.float32))
         absmax8_B = tl.load(packed_ptr + absmax_start + block_B, mask=exists_B, other=0).to(tl.int32)
-        nested_B = tl.load(nested_ptr + block_B // NESTED_BLOCKSIZE, mask=exists_B, other=0.0)
-        absmax_B = tl.load(map8_ptr + absmax8_B) * nested_B + tl.load(offset_ptr)
+        piece_B = block_B // blocks_per_piece
+        inner_B = block_B - piece_B * blocks_per_piece
+        place_B = piece_B * nested_per_piece + inner_B // NESTED_BLOCKSIZE
+        nested_B = tl.load(nested_ptr + place_B, mask=exists_B, other=0.0)
+        offset_B = tl.load(offset_ptr + piece_B, mask=exists_B, other=0.0)
+        absmax_B = tl.load(map8_ptr + absmax8_B) * nested_B + offset_B
     else:
         absmax_ptr = (packed_ptr + absmax_start).to(tl.pointer_type(tl.float32))
         absmax_B = tl.load(absmax_ptr + block_B, mask=exists_B, other=0.0)
     byte_BH = block_B[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
-    codes_BH = tl.load(packed_ptr + byte_BH, mask=byte_BH < codes_bytes, other=0).to(tl.int32)
+    codes_BH = tl.load(packed_ptr + codes_start + byte_BH, mask=byte_BH < codes_bytes, other=0).to(tl.int32)
     high_BH = tl.load(map4_ptr + (codes_BH >> 4)) * absmax_B[:, None]
     low_BH = tl.load(map4_ptr + (codes_BH & 15)) * absmax_B[:, None]
     weights_BW = tl.interleave(high_BH, low_BH).to(out_ptr.dtype.element_ty)
@@ -78,14 +90,38 @@ def dequantize_packed(packed: torch.Tensor, layout: Any, dtype: torch.dtype, *, 
     Returns:
         `torch.Tensor`: The weight `[N, K]`, on the device of the buffer.
     """
+    starts = (0, *layout.offsets[:3])
+    return dequantize_run(packed, layout, 1, starts, dtype, nested_blocksize=nested_blocksize)[0]
+
+
+def dequantize_run(
+    packed: torch.Tensor,
+    layout: Any,
+    num_pieces: int,
+    starts: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    nested_blocksize: int,
+) -> torch.Tensor:
+    """Return weights whose codes lie side by side, and their scales likewise.
+
+    Args:
+        packed (`torch.Tensor`): The buffer that they lie in, contiguous, in any dtype.
+        layout (`PackedLayout`): Of each of them. Several have whole blocks.
+        num_pieces (`int`): How many there are.
+        starts (`Sequence[int]`): First byte of their codes, absmax, nested absmax and offsets.
+        dtype (`torch.dtype`): Dtype of the result.
+        nested_blocksize (`int`): Scales that share one second-level scale.
+    Returns:
+        `torch.Tensor`: The weights `[P, N, K]`, on the device of the buffer.
+    """
     device = packed.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # triton launches on the current device
-            return dequantize_packed(packed, layout, dtype, nested_blocksize=nested_blocksize)
-    out = torch.empty(layout.shape, dtype=dtype, device=device)
+            return dequantize_run(packed, layout, num_pieces, starts, dtype, nested_blocksize=nested_blocksize)
+    out = torch.empty((num_pieces, *layout.shape), dtype=dtype, device=device)
     map4, map8 = _load_maps(layout.quant_type, device)
-    absmax_start, nested_start, offset_start, _ = layout.offsets
-    numel, blocksize = layout.numel, layout.blocksize
+    numel, blocksize = num_pieces * layout.numel, layout.blocksize
     num_blocks = max(1, WEIGHTS_PER_PROGRAM // blocksize)
     _dequantize[(-(-numel // (num_blocks * blocksize)),)](
         packed.view(torch.uint8),
@@ -93,10 +129,10 @@ def dequantize_packed(packed: torch.Tensor, layout: Any, dtype: torch.dtype, *, 
         map4,
         map8,
         numel,
-        layout.codes_bytes,
-        absmax_start,
-        nested_start,
-        offset_start,
+        num_pieces * layout.codes_bytes,
+        *starts,
+        layout.num_blocks,
+        layout.num_nested_blocks,
         DOUBLE_QUANT=layout.double_quant,
         BLOCKSIZE=blocksize,
         NESTED_BLOCKSIZE=nested_blocksize,

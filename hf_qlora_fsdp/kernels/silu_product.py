@@ -10,6 +10,9 @@ it, so their time is that of memory: torch takes five passes for the gradients, 
 silu(g) before it is multiplied, and dm u before it is. What is left is the last bit of an exponential in float32, which
 seldom reaches a 16-bit result.
 
+**Halves.** Stacked experts put out g and u side by side, as one matrix. Their kernels are the same, and the gradients
+are written side by side as well.
+
 `silu_product` and `silu_product_gradients` choose: the kernels on GPUs that have Triton, the operations of torch, which
 are their definition, anywhere else.
 """
@@ -26,7 +29,7 @@ from ..ranks import log_once
 
 
 def silu_product(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Return m = silu(g) u for g and u of one shape, contiguous."""
+    """Return m = silu(g) u for g and u of one shape, contiguous, or halves `[S, I]` of one matrix."""
     kernels = _find_kernels(g.device) if g.is_cuda else None
     return kernels.silu_product(g, u) if kernels else silu_product_in_parts(g, u)
 
@@ -35,6 +38,32 @@ def silu_product_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -
     """Return dg and du for dm of the same shape, whose memory du takes."""
     kernels = _find_kernels(g.device) if g.is_cuda else None
     return kernels.silu_product_gradients(dm, g, u) if kernels else silu_product_gradients_in_parts(dm, g, u)
+
+
+class SiluOfHalves(torch.autograd.Function):
+    """m = silu(g) u for y `[S, 2 I]`, which is g and u side by side and all that is kept."""
+
+    @staticmethod
+    def forward(ctx, y_SI2: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y_SI2)
+        return silu_product(*y_SI2.chunk(2, dim=1))
+
+    @staticmethod
+    def backward(ctx, dm_SI: torch.Tensor) -> torch.Tensor:
+        (y_SI2,) = ctx.saved_tensors
+        dy_SI2 = torch.empty_like(y_SI2)
+        write_gradients(dm_SI.contiguous(), *y_SI2.chunk(2, dim=1), *dy_SI2.chunk(2, dim=1))
+        return dy_SI2
+
+
+def write_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor) -> None:
+    """Write dg and du to where they belong: halves `[S, I]` of matrices, as g and u are. dm is contiguous."""
+    kernels = _find_kernels(g.device) if g.is_cuda else None
+    if kernels:
+        kernels.write_gradients(dm, g, u, dg, du)
+    else:
+        torch.mul(dm, nn.functional.silu(g), out=du)
+        torch.ops.aten.silu_backward.grad_input(dm * u, g, grad_input=dg)
 
 
 def silu_product_in_parts(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -59,6 +88,9 @@ def _find_kernels(device: torch.device) -> ModuleType | None:
         g = torch.linspace(-20, 20, 3001, device=device)
         u, dm = g.flip(0), g.roll(1000)
         mine = kernels.silu_product(g, u), *kernels.silu_product_gradients(dm.clone(), g, u)
+        halves = torch.cat([g, u]).repeat(2, 1).chunk(2, dim=1)
+        if not torch.equal(kernels.silu_product(*halves), mine[0].repeat(2, 1)):
+            raise ValueError("halves of matrices are not multiplied as whole ones are")
         theirs = silu_product_in_parts(g, u), *silu_product_gradients_in_parts(dm.clone(), g, u)
         # An exponential, a division and some products, each exact to two units in the last place; dg may cancel.
         bounds = [16 * torch.finfo(g.dtype).eps * (number.abs() + (dm * u).abs()) for number in theirs]

@@ -2,12 +2,15 @@
 
 This module needs triton, which comes with CUDA builds of torch and is no requirement: import it where it may be absent.
 
+Matrices of equal shape, whose rows may be farther apart than they are long: halves of wider ones.
+
 Shape suffixes: P elements of one program.
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -18,50 +21,63 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _forward(g_ptr, u_ptr, m_ptr, numel, SIZE: tl.constexpr):
-    index_P = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    exists_P = index_P < numel
+def _forward(g_ptr, u_ptr, m_ptr, width, stride, programs_per_row, SIZE: tl.constexpr):
+    row = (tl.program_id(0) // programs_per_row).to(tl.int64)
+    column_P = (tl.program_id(0) % programs_per_row).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    exists_P, place_P = column_P < width, row * stride + column_P
     dtype = m_ptr.dtype.element_ty
-    g_P = tl.load(g_ptr + index_P, mask=exists_P, other=0).to(tl.float32)
-    u_P = tl.load(u_ptr + index_P, mask=exists_P, other=0).to(tl.float32)
+    g_P = tl.load(g_ptr + place_P, mask=exists_P, other=0).to(tl.float32)
+    u_P = tl.load(u_ptr + place_P, mask=exists_P, other=0).to(tl.float32)
     silu_P = (g_P / (1 + tl.exp(-g_P))).to(dtype).to(tl.float32)
-    tl.store(m_ptr + index_P, (silu_P * u_P).to(dtype), mask=exists_P)
+    tl.store(m_ptr + row * width + column_P, (silu_P * u_P).to(dtype), mask=exists_P)
 
 
 @triton.jit
-def _backward(dm_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, numel, SIZE: tl.constexpr):
-    index_P = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    exists_P = index_P < numel
+def _backward(dm_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, width, stride, programs_per_row, SIZE: tl.constexpr):
+    row = (tl.program_id(0) // programs_per_row).to(tl.int64)
+    column_P = (tl.program_id(0) % programs_per_row).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    exists_P, place_P = column_P < width, row * stride + column_P
     dtype = dg_ptr.dtype.element_ty
-    dm_P = tl.load(dm_ptr + index_P, mask=exists_P, other=0).to(tl.float32)
-    g_P = tl.load(g_ptr + index_P, mask=exists_P, other=0).to(tl.float32)
-    u_P = tl.load(u_ptr + index_P, mask=exists_P, other=0).to(tl.float32)
+    dm_P = tl.load(dm_ptr + row * width + column_P, mask=exists_P, other=0).to(tl.float32)
+    g_P = tl.load(g_ptr + place_P, mask=exists_P, other=0).to(tl.float32)
+    u_P = tl.load(u_ptr + place_P, mask=exists_P, other=0).to(tl.float32)
     sigmoid_P = 1 / (1 + tl.exp(-g_P))
     silu_P = (g_P * sigmoid_P).to(dtype).to(tl.float32)
     dsilu_P = (dm_P * u_P).to(dtype).to(tl.float32)
     dg_P = dsilu_P * (sigmoid_P * (1 + g_P * (1 - sigmoid_P)))
-    tl.store(dg_ptr + index_P, dg_P.to(dtype), mask=exists_P)
-    tl.store(du_ptr + index_P, (silu_P * dm_P).to(dtype), mask=exists_P)
+    tl.store(dg_ptr + place_P, dg_P.to(dtype), mask=exists_P)
+    tl.store(du_ptr + place_P, (silu_P * dm_P).to(dtype), mask=exists_P)
 
 
 def silu_product(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Return m, see `silu_product.py`."""
-    m = torch.empty_like(g)
-    with _on(g.device):
-        _forward[(triton.cdiv(g.numel(), ELEMENTS_PER_PROGRAM),)](
-            g, u, m, g.numel(), SIZE=ELEMENTS_PER_PROGRAM, num_warps=NUM_WARPS
-        )
+    m = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    _launch(_forward, g, g, u, m)
     return m
 
 
 def silu_product_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return dg, and du in the memory of dm."""
     dg = torch.empty_like(g)
-    with _on(g.device):
-        _backward[(triton.cdiv(g.numel(), ELEMENTS_PER_PROGRAM),)](
-            dm, g, u, dg, dm, g.numel(), SIZE=ELEMENTS_PER_PROGRAM, num_warps=NUM_WARPS
-        )
+    _launch(_backward, g, dm, g, u, dg, dm)
     return dg, dm
+
+
+def write_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor) -> None:
+    """Write dg and du to where they belong, all of them halves `[S, I]` of matrices but dm, which is contiguous."""
+    _launch(_backward, g, dm, g, u, dg, du)
+
+
+def _launch(kernel: Any, g: torch.Tensor, *tensors: torch.Tensor) -> None:
+    """Run a kernel on tensors that are laid out like g, or contiguous."""
+    rows, width, stride = (1, g.numel(), g.numel()) if g.is_contiguous() else (*g.shape, g.stride(0))
+    programs_per_row = triton.cdiv(width, ELEMENTS_PER_PROGRAM)
+    if rows * width == 0:
+        return
+    with _on(g.device):
+        kernel[(rows * programs_per_row,)](
+            *tensors, width, stride, programs_per_row, SIZE=ELEMENTS_PER_PROGRAM, num_warps=NUM_WARPS
+        )
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -23,9 +23,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KINDS = ["2 dims", "3 dims", "3 dims, transposed"]
 
 
-def make_layer(dtype: torch.dtype = torch.bfloat16, bias: bool = False, seed: int = 0, **options) -> nn.Module:
+def make_layer(
+    dtype: torch.dtype = torch.bfloat16, bias: bool = False, seed: int = 0, rows: int = ROWS, **options
+) -> nn.Module:
     """Return PEFT's layer around a packed one, its adapter in the dtype in which FSDP would gather it."""
-    linear = make_linear((ROWS, COLUMNS), dtype=dtype, bias=bias, seed=seed)
+    linear = make_linear((rows, COLUMNS), dtype=dtype, bias=bias, seed=seed)
     model = nn.Sequential(repack(linear, compute_dtype=dtype, storage_dtype=dtype))
     model.is_loaded_in_4bit = True  # makes PEFT take its layer for 4 bits
     config = LoraConfig(**({"r": RANK, "lora_alpha": 24, "target_modules": ["0"]} | options))

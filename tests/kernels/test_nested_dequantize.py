@@ -20,7 +20,15 @@ import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
 
-from hf_qlora_fsdp import packing
+from hf_qlora_fsdp import expert_stacks, packing
+from hf_qlora_fsdp.expert_stacks import (
+    StackLayout,
+    dequantize_pieces,
+    dequantize_pieces_fused,
+    dequantize_pieces_in_parts,
+    extract_piece,
+    insert_piece,
+)
 from hf_qlora_fsdp.packing import NESTED_BLOCKSIZE, PackedLayout, dequantize, dequantize_in_parts, quantize, unpack
 
 # Whole nested blocks and programs; a last nested block that is not full; a last block that is not full; an odd number
@@ -30,12 +38,15 @@ KINDS = list(itertools.product(["nf4", "fp4"], [True, False]))
 BLOCKSIZES = [64, 128, 4096]
 LAYOUTS = [PackedLayout(shape, *kind, size) for shape in SHAPES for kind in KINDS for size in BLOCKSIZES]
 
+# A nested block is 256 blocks of 64 weights: one of each piece, whole; one and a short one; one that is short.
+STACKS = [StackLayout(PackedLayout(shape, *kind), 4) for shape in [(256, 64), (320, 64), (96, 192)] for kind in KINDS]
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def make_packed(layout: PackedLayout, device: str = "cpu") -> torch.Tensor:
+def make_packed(layout: PackedLayout, device: str = "cpu", seed: int = 0) -> torch.Tensor:
     """Return a packed weight with blocks of zeros and of very different sizes."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     weight = torch.randn(layout.shape) * torch.logspace(-3, 1, layout.shape[0])[:, None]
     weight[layout.shape[0] // 2] = 0
     return quantize(weight.to(device), layout, torch.bfloat16)
@@ -54,6 +65,13 @@ def compare_bits(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return mine.dtype == theirs.dtype and torch.equal(mine.view(bits), theirs.view(bits))
 
 
+def make_stack(layout: StackLayout, device: str = "cpu") -> torch.Tensor:
+    stack = torch.zeros(layout.packed_shape(torch.bfloat16), dtype=torch.bfloat16, device=device)
+    for index in range(layout.num_pieces):
+        insert_piece(stack, index, make_packed(layout.piece, device, seed=index), layout)
+    return stack
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bits_are_those_of_bitsandbytes_on_a_gpu(dtype):
@@ -65,6 +83,12 @@ def test_bits_are_those_of_bitsandbytes_on_a_gpu(dtype):
         expected = dequantize_in_parts(packed, layout, dtype)
         assert compare_bits(fused(packed, layout, dtype), expected), layout
         assert compare_bits(dequantize(packed, layout, dtype), expected), layout
+    assert expert_stacks._find_fused(torch.device("cuda", 0)) is not None
+    for stacked in STACKS:
+        stack = make_stack(stacked, "cuda:0")
+        for run in ((0, 4), (1, 3), (3, 4)):
+            expected = dequantize_pieces_in_parts(stack, *run, stacked, dtype)
+            assert compare_bits(dequantize_pieces(stack, *run, stacked, dtype), expected), (stacked, run)
 
 
 def interpret() -> None:
@@ -82,6 +106,13 @@ def interpret() -> None:
         assert torch.equal(mine, dequantize_by_definition(packed, layout, dtype)), (layout, dtype)
         if layout.blocksize == 64:
             assert torch.equal(mine, dequantize_in_parts(packed, layout, dtype)), (layout, dtype)
+    for layout in STACKS:
+        stack = make_stack(layout)
+        mine = dequantize_pieces_fused(stack, 1, 3, layout, torch.float32)
+        pieces = [extract_piece(stack, index, layout) for index in range(1, 3)]
+        expected = [dequantize_by_definition(piece, layout.piece, torch.float32) for piece in pieces]
+        assert torch.equal(mine, torch.stack(expected)), layout
+        assert torch.equal(mine, dequantize_pieces(stack, 1, 3, layout, torch.float32)), layout
     print(f"compared {len(LAYOUTS)} layouts")
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_qlora_fsdp.fusion import FusedMLP, fuse_lora, unfuse_lora
-from hf_qlora_fsdp.kernels.silu_product import silu_product, silu_product_gradients
+from hf_qlora_fsdp.kernels.silu_product import SiluOfHalves, silu_product, silu_product_gradients
 from hf_qlora_fsdp.packing import repack
 from tests.kernels.test_lora_linear import DTYPES, differentiate, error_of
 from tests.test_packing import make_linear
@@ -180,8 +180,11 @@ def test_product_with_silu_and_its_gradients(dtype):
     exact = [tensor.double().requires_grad_() for tensor in (g, u)]
     m = nn.functional.silu(exact[0]) * exact[1]
     expected = m.detach(), *torch.autograd.grad(m, exact, dm.double())
-    computed = silu_product(g, u), *silu_product_gradients(dm.clone(), g, u)
-    for mine, theirs in zip(computed, expected, strict=True):
+    y = torch.cat([g, u], dim=1).requires_grad_()
+    side_by_side = SiluOfHalves.apply(y)
+    halves = side_by_side, *torch.autograd.grad(side_by_side, y, dm)[0].chunk(2, dim=1)
+    computed = silu_product(g, u), *silu_product_gradients(dm.clone(), g, u), *halves
+    for mine, theirs in zip(computed, 2 * expected, strict=True):
         # Two roundings, and some more in float32; gradients by the largest term, which others may cancel.
         assert ((mine - theirs).abs() <= 3 * torch.finfo(dtype).eps * (theirs.abs() + dm.abs() * u.abs())).all()
 
@@ -208,3 +211,7 @@ def test_kernels_give_the_numbers_of_torch(dtype, shape):
         else:
             assert torch.allclose(one, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
             assert (one != other).float().mean() < 1e-3
+    y = torch.cat([g, u], dim=1).requires_grad_()
+    side_by_side = SiluOfHalves.apply(y)
+    assert torch.equal(side_by_side, mine[0])
+    assert torch.equal(torch.autograd.grad(side_by_side, y, dm)[0], torch.cat(mine[1:], dim=1))
