@@ -4,7 +4,7 @@ As functions of their own, each reads x for its thin product, leaves a gradient 
 A lie below each other, so that x is read once for the thin products of all layers, in the forward and for the gradients
 of A; and what reaches x is added where the first lies, by the products themselves:
 
-    forward     h = x A'      y_i = x W_i' + b_i      y_i += s_i h_i B_i'
+    forward     h = x A'      y_i = s_i h_i B_i'      y_i += x W_i' + b_i
     backward    dh_i = s_i dy_i B_i      dx = dh A      dx += dy_i W_i      dA = dh' x      dB_i = s_i dy_i' h_i
 
 What is kept, and where weights are found again, is as for one layer (`lora_linear.py`).
@@ -18,9 +18,8 @@ import itertools
 from typing import Any
 
 import torch
-from torch import nn
 
-from .lora_linear import LoraWeights, backward_to_b
+from .lora_linear import LoraWeights, add_products, backward_to_b
 
 
 def _stack_a(layers: tuple[LoraWeights, ...]) -> torch.Tensor:
@@ -39,9 +38,7 @@ class _LoraGroup(torch.autograd.Function):
         h_TS = x_TK.mm(_stack_a(layers).t())
         outputs = []
         for layer, scaling, ranks in zip(layers, scalings, _rank_slices(layers), strict=True):
-            base, bias = layer.base, layer.base.bias
-            y_TN = nn.functional.linear(x_TK, base.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-            y_TN.addmm_(h_TS[:, ranks], layer.lora_b.weight.t(), alpha=scaling)
+            y_TN = add_products(x_TK, h_TS[:, ranks], layer, layer.lora_b.weight, scaling)
             outputs.append(torch.ops.aten._unsafe_view(y_TN, (*x.shape[:-1], y_TN.shape[1])))
         needs = ctx.needs_input_grad[3:]
         ctx.save_for_backward(x if any(needs[::2]) else None, h_TS if any(needs[1::2]) else None)
@@ -55,7 +52,7 @@ class _LoraGroup(torch.autograd.Function):
         x, h_TS = ctx.saved_tensors
         slices = _rank_slices(layers)
         dys_TN = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        grads: list[torch.Tensor | None] = [None] * len(needs)
+        grads = [None] * len(needs)
         dh_TS = dys_TN[0].new_empty(dys_TN[0].shape[0], slices[-1].stop)
         for index, (dy_TN, layer, scaling, ranks) in enumerate(zip(dys_TN, layers, scalings, slices, strict=True)):
             if needs[2 * index + 1]:
