@@ -126,7 +126,7 @@ class FusedGroup:
     """Layers that read one input: the first one that is called computes all, and keeps the others' for them.
 
     Whether they do read one input shows when they run. Where what was kept is still there when the next input comes,
-    the layers go on by themselves.
+    and the one after, the layers go on by themselves. (Once may be an exception that came between their calls.)
 
     Args:
         layers (`tuple[FusedLora, ...]`): The layers, in the order of their calls.
@@ -137,26 +137,25 @@ class FusedGroup:
         self.weights = tuple(layer.weights for layer in layers)
         self.x: torch.Tensor | None = None
         self.kept: dict[int, torch.Tensor] = {}
-        self.is_off = False
+        self.num_left = 0
 
     def take(self, layer: FusedLora, x: torch.Tensor) -> torch.Tensor | None:
         """Return what a layer puts out for x, `None` where it has to compute that itself."""
         if layer is self.layers[0]:
-            return None if self.is_off else self._compute(x)
+            return None if self.num_left == 2 else self._compute(x)
         if self.x is not x:
             return None
         y = self.kept.pop(id(layer), None)
         if not self.kept:
-            self.x = None
+            self.x, self.num_left = None, 0
         return y
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor | None:
         others = self.layers[1:]
         if self.kept:  # the last input was not that of all
-            self.x, self.is_off = None, True
+            self.x, self.num_left = None, self.num_left + 1
             self.kept.clear()
-            return None
-        if not all(layer.is_usual(x) for layer in others):
+        if self.num_left == 2 or not all(layer.is_usual(x) for layer in others):
             return None
         scalings = tuple(layer.layer.scaling[layer.adapter_name] for layer in self.layers)
         y, *rest = apply_lora_group(x, self.weights, scalings)

@@ -335,10 +335,24 @@ def test_layers_that_do_not_read_one_input_go_on_by_themselves(group_calls, fuse
     fuse_lora(model)
     together = model(draw_input())
     model.base_model.model.apart = True
-    for _ in range(3):
+    for _ in range(4):
         assert_rounded_alike(model(draw_input()), together)
-    assert group_calls == [3, 3]  # found out by what the second call left
-    assert len(fused_calls) == 2 + 3 + 3
+    assert group_calls == [3, 3, 3]  # found out by what two calls left
+    assert len(fused_calls) == 2 + 2 + 3 + 3
+
+
+def test_a_group_survives_an_exception_between_its_calls(group_calls):
+    model = make_attention()
+    fuse_lora(model)
+    expected = model(draw_input())
+    attention = model.base_model.model
+    handle = attention.k_proj.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(draw_input())
+    handle.remove()
+    for _ in range(2):
+        assert torch.equal(model(draw_input()), expected)
+    assert group_calls == [3, 3, 3, 3]
 
 
 def test_a_layer_that_wants_something_else_takes_the_group_apart(group_calls):
