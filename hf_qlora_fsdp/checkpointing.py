@@ -10,8 +10,9 @@ less a margin, divided by what a layer saves, is how many keep it from the third
 that any rank found.
 
 **Running out of memory** is no end: later batches may be longer than the first ones. The step is undone (gradients
-dropped, shards put back, random numbers and metrics as they were), half of the layers that kept their activations are
-computed twice from then on, and the step is done again on the same data. No bit of the result depends on any of this.
+dropped, shards put back, random numbers and metrics as they were), a quarter of the layers that kept their activations
+are computed twice from then on, and the step is done again on the same data. No bit of the result depends on any of
+this.
 
 Ranks can only go back together. If one ran out while another went on, the other waits for it in a collective, or has
 already been answered by the wrong one; each rank tells the others how many it took part in, and where these numbers
@@ -226,7 +227,7 @@ class LayerCheckpointing(TrainerCallback):
             torch.cuda.empty_cache()
         if not num_kept:
             raise self._final_error(said or "Another rank ran out of memory")
-        self.num_recomputed = len(self.layers) - num_kept // 2
+        self.num_recomputed = len(self.layers) - num_kept * 3 // 4
         self.apply()
         log_once(
             "Out of memory with %d of %d decoder layers computed twice: from now on it is %d, and the step is done "
