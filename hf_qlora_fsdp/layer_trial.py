@@ -26,7 +26,7 @@ import contextlib
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from . import experts
+from .expert_stacks import StackLayout
 from .fusion import FusedLora, fuse_lora, unfuse_lora
-from .kernels import swiglu
+from .kernels import silu_product, swiglu
 from .ranks import logger
 from .weighing import ModelWeight
 
@@ -100,8 +102,8 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True  # "is nothing masked?", asked about an attention mask
-        if func is _aten.bincount.default and args[0].is_meta:
-            return _spread_rows(args[0].numel(), args[2] if len(args) > 2 else (kwargs or {})["minlength"])
+        if func is _aten.searchsorted.Tensor and args[0].is_meta:
+            return _spread_rows(args[0].numel(), args[1].numel())  # where the rows of each expert end
         result = func(*args, **(kwargs or {}))
         if func is not torch.ops.bitsandbytes.dequantize_blockwise.default:  # part of one kernel on a GPU
             cause = "dequantised weights" if func.namespace == "bitsandbytes" else "activations"
@@ -130,10 +132,8 @@ class _Meter(TorchDispatchMode):
 
 
 def _spread_rows(num_rows: int, num_groups: int) -> torch.Tensor:
-    """Return sizes of groups as even as can be."""
-    return torch.tensor(
-        [num_rows * (group + 1) // num_groups - num_rows * group // num_groups for group in range(num_groups)]
-    )
+    """Return the ends of groups of rows that are as even as can be."""
+    return torch.tensor([num_rows * (group + 1) // num_groups for group in range(num_groups)], dtype=torch.int32)
 
 
 def try_layer(
@@ -243,27 +243,50 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
     for parameter, data in masters.items():
         parameter.data = data.to(weight.param_dtype)
     said, logger.disabled = logger.disabled, True  # what runs unfused is said in the run itself
-    in_parts = swiglu.silu_product, swiglu.silu_product_gradients
     if fuse:
         fuse_lora(model)
         for module in model.modules():  # the meta device is none that autocast knows
             if isinstance(forward := module.__dict__.get("forward"), FusedLora):
                 forward.is_usual = lambda x: True  # type: ignore[method-assign]
-        swiglu.silu_product = lambda g, u: torch.empty_like(g)
-        swiglu.silu_product_gradients = lambda dm, g, u: (torch.empty_like(g), dm)
     for norm in norms:
         norm.forward = lambda x, module=norm: _LigerNorm.apply(x, module.weight)
     model.train()
+    in_place_of = [(module, name, getattr(module, name)) for module, name, _ in _STAND_INS]
+    for module, name, stand_in in _STAND_INS:
+        setattr(module, name, stand_in)
     try:
         yield
     finally:
+        for module, name, own in in_place_of:
+            setattr(module, name, own)
         logger.disabled = said
-        swiglu.silu_product, swiglu.silu_product_gradients = in_parts
         unfuse_lora(model)
         for norm in norms:
             del norm.forward
         for parameter, data in masters.items():
             parameter.data = data
+
+
+def _dequantize_pieces(
+    stack: torch.Tensor, start: int, stop: int, layout: StackLayout, dtype: torch.dtype
+) -> torch.Tensor:
+    """Make what `expert_stacks.dequantize_pieces` does, and nothing beside it."""
+    piece, raw = layout.piece, stack.detach().view(-1)
+    shape = (stop - start) * piece.shape[0], piece.shape[1]
+    blocks = torch.ops.bitsandbytes.dequantize_4bit(
+        raw.view(torch.uint8), raw.view(torch.float32), piece.blocksize, piece.quant_type, shape, dtype
+    )
+    return blocks.view(stop - start, *piece.shape)
+
+
+_STAND_INS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (swiglu, "silu_product", lambda g, u: g.new_empty(g.shape)),
+    (swiglu, "silu_product_gradients", lambda dm, g, u: (torch.empty_like(g), dm)),
+    (silu_product, "silu_product", lambda g, u: g.new_empty(g.shape)),
+    (silu_product, "write_gradients", lambda *_: None),
+    (experts, "dequantize_pieces", _dequantize_pieces),
+]
+"""In place of Triton kernels, which take no memory but for what they return."""
 
 
 def _catch_arguments(base: Any, layer: nn.Module, batch: int, seq: int) -> dict[str, Any]:

@@ -15,8 +15,8 @@ passes from layer to layer, and `trial` for what a layer takes while it computes
 
 **2 U.** FSDP2 gathers into one buffer and copies out into the parameters. In the forward it keeps the buffer until the
 next unit's copy, so that the copy need not be waited for; at the loss there is no next unit. In the backward the buffer
-is that of the next unit, gathered ahead; of the first layer's backward it is the embedding's. One rank gathers nothing
-and copies once. A head that is tied to the embedding stays gathered with it for the whole step.
+is that of the next unit, gathered ahead. One rank gathers nothing and copies once. A head that is tied to the embedding
+stays gathered with it for the whole step.
 
 **x.** With checkpointing it is all that a layer keeps. Offloaded, the last five tensors are left on the card in the
 forward, since they may still be on their way (at the loss three of these are the norm's), and the layer's own in the
@@ -254,11 +254,13 @@ def _step(weight: ModelWeight, settings: Settings, held: Counter[str]) -> Iterat
     backward = {"gathered units": whole, "loss": tile + hidden * (4 + 2 * itemsize), "gradients": trained}
     yield _moment("loss, backward", held, backward | around)
 
+    # An embedding that is only looked up in is not gathered again (`sharding.shard_unit`).
+    trained_end = embedding if embedding and not tied and embedding.parts.trained_numel(1) else None
     reduced = previous = 0
     below = [0 if settings.activation_offloading else total for total in accumulate(trial.kept for _, trial in layers)]
     for index, (layer, trial) in reversed(list(enumerate(layers))):
         kept = leaf + (below[index - 1] if index else 0)
-        ahead = layers[index - 1][0] if index else (None if tied else embedding)
+        ahead = layers[index - 1][0] if index else trained_end
         gathered = stays + layer.parts.gathered(ranks) + (ahead.parts.gathered(ranks) if ahead and ranks > 1 else 0)
         sizes = {"gathered units": gathered, "kept activations": kept, "gradients": reduced + previous}
         yield _moment(f"layer {index}, backward", held, sizes, trial.backward)
