@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
-from step_profile import start_profiler, write_profile
+from throughput_profile import start_profiler, write_profile
 from torch import nn
 from train_llama import drain, make_tokenizer, write_checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback
