@@ -6,7 +6,8 @@ takes the place of such a module. Every expert's matrices are packed (`expert_st
 which FSDP shards and gathers with the layer they are in.
 
     rows      each token goes to its k experts: T k rows, sorted by expert
-    product   for a few experts at a time: dequantise, multiply their rows, forget        gate and up, then down
+    product   what adapters put out, and to it, for a few experts at a time: dequantise, multiply, add, forget
+              of gate and up first, and of down after the activation
     sum       the k results of a token, weighted by its router
 
 What a module computes beside its products is its own business and differs between families, so the module that was
@@ -40,7 +41,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .expert_stacks import StackLayout, dequantize_pieces, insert_piece
-from .grouping import Groups, multiply_groups
+from .grouping import Groups, Reordered, RowsOfTokens, multiply_groups
 from .kernels.silu_product import SiluOfHalves
 from .packing import PackedLayout, quantize
 from .units import format_bytes
@@ -155,18 +156,20 @@ class Experts4bit(nn.Module):
         expert_of_row, order = top_k_index.reshape(-1).sort(stable=True)
         groups = Groups.count(expert_of_row, self.num_experts, self.is_fused)
         place_of_row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        x = _RowsOfTokens.apply(hidden_states.to(self.compute_dtype), order, place_of_row, top_k)
+        x = RowsOfTokens.apply(hidden_states.to(self.compute_dtype), order, place_of_row, top_k)
         for name in PROJECTIONS:
-            y = _PackedProduct.apply(x, self, name, groups)
+            y = None
+            for adapter in adapters:
+                delta = adapter.delta(x, groups) if adapter.parameter_name == name else None
+                if delta is not None:
+                    y = delta if y is None else y.add_(delta)
+            y = _PackedProduct.apply(x, self, name, groups, y)
             bias = getattr(self, f"{name}_bias", None)
             if bias is not None:
                 y = y.add_(bias.to(y.dtype)[expert_of_row])  # in place: y is the largest activation, and nobody's input
-            for adapter in adapters:
-                delta = adapter.delta(x, groups) if adapter.parameter_name == name else None
-                y = y if delta is None else y.add_(delta)
             x = self._gate(y) if name == "gate_up_proj" else y
-        weights = _Reordered.apply(top_k_weights.reshape(-1, 1), order, place_of_row)
-        weighted = _Reordered.apply(x * weights, place_of_row, order)
+        weights = Reordered.apply(top_k_weights.reshape(-1, 1), order, place_of_row)
+        weighted = Reordered.apply(x * weights, place_of_row, order)
         return weighted.view(num_tokens, top_k, x.shape[1]).sum(1).to(hidden_states.dtype)
 
     def _gate(self, y: torch.Tensor) -> torch.Tensor:
@@ -200,7 +203,9 @@ class Experts4bit(nn.Module):
         )
         return pieces.view(stop - start, rows, columns)
 
-    def multiply(self, name: str, x_SK: torch.Tensor, groups: Groups, transposed: bool) -> torch.Tensor:
+    def multiply(
+        self, name: str, x_SK: torch.Tensor, groups: Groups, transposed: bool, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return each row times the matrix of its expert, or times its transpose. Not differentiable.
 
         Args:
@@ -208,16 +213,18 @@ class Experts4bit(nn.Module):
             x_SK (`torch.Tensor`): The rows, sorted by expert.
             groups (`Groups`): Which rows belong to which expert.
             transposed (`bool`): Whether to multiply by the stored matrix transposed, `x W.T`, or as it is, `x W`.
+            onto (`torch.Tensor`, *optional*): What the product is added to, in place.
         """
         _, rows, columns = self.shapes[name]
         longest = max(1, self.chunk_bytes // (rows * columns * x_SK.dtype.itemsize))
-        out = None
+        out = onto
         for start, stop in groups.runs(longest):
             w = self.dequantize(name, start, stop, x_SK.dtype)
             if out is None and stop - start < self.num_experts:
                 out = x_SK.new_empty(len(x_SK), rows if transposed else columns)
-            out = multiply_groups(x_SK, w.transpose(1, 2) if transposed else w, groups, start, out)
-            del w  # or it would be there until the next one is made
+            matrices = w.transpose(1, 2) if transposed else w
+            out = multiply_groups(x_SK, matrices, groups, start, out, add=onto is not None)
+            del w, matrices  # or it would be there until the next one is made
         return x_SK.new_empty(0, rows if transposed else columns) if out is None else out
 
     @property
@@ -236,46 +243,27 @@ class Experts4bit(nn.Module):
 
 
 class _PackedProduct(torch.autograd.Function):
-    """y = x @ dequantize(w) for the rows of every expert, remembering neither w nor x: see `packing._PackedLinear`."""
+    """y = delta + x @ dequantize(w) for the rows of every expert, in the place of delta, if there is one.
+
+    Remembers neither w nor x: see `packing._PackedLinear`.
+    """
 
     @staticmethod
-    def forward(ctx, x_SK: torch.Tensor, experts: Experts4bit, name: str, groups: Groups) -> torch.Tensor:
+    def forward(
+        ctx, x_SK: torch.Tensor, experts: Experts4bit, name: str, groups: Groups, delta_SN: torch.Tensor | None
+    ) -> torch.Tensor:
         ctx.experts, ctx.name, ctx.groups = experts, name, groups
-        return experts.multiply(name, x_SK, groups, transposed=not experts.is_transposed)
+        if delta_SN is not None:
+            ctx.mark_dirty(delta_SN)
+        return experts.multiply(name, x_SK, groups, not experts.is_transposed, delta_SN)
 
     @staticmethod
-    def backward(ctx, grad_SN: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
+    def backward(ctx, grad_SN: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, torch.Tensor | None]:
         experts: Experts4bit = ctx.experts
-        return experts.multiply(ctx.name, grad_SN, ctx.groups, experts.is_transposed), None, None, None
-
-
-class _RowsOfTokens(torch.autograd.Function):
-    """Each token k times, in the order of the rows. Autograd's own gradient of an index sorts it all over again."""
-
-    @staticmethod
-    def forward(ctx, x_TH: torch.Tensor, order: torch.Tensor, place_of_row: torch.Tensor, top_k: int) -> torch.Tensor:
-        ctx.place_of_row, ctx.top_k = place_of_row, top_k
-        return x_TH[order // top_k]
-
-    @staticmethod
-    def backward(ctx, grad_SH: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        shape = len(grad_SH) // ctx.top_k, ctx.top_k, grad_SH.shape[1]
-        return grad_SH[ctx.place_of_row].view(shape).sum(1), None, None, None
-
-
-class _Reordered(torch.autograd.Function):
-    """Rows in another order, whose inverse is known."""
-
-    @staticmethod
-    def forward(ctx, x_SH: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.inverse = inverse
-        return x_SH[order]
-
-    @staticmethod
-    def backward(ctx, grad_SH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grad_SH[ctx.inverse], None, None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = experts.multiply(ctx.name, grad_SN, ctx.groups, experts.is_transposed)
+        return grad_x, None, None, None, grad_SN if ctx.needs_input_grad[4] else None
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -117,7 +117,12 @@ def can_fuse(x_SK: torch.Tensor, w_GKN: torch.Tensor) -> bool:
 
 
 def multiply_groups(
-    x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups, start: int = 0, out_SN: torch.Tensor | None = None
+    x_SK: torch.Tensor,
+    w_GKN: torch.Tensor,
+    groups: Groups,
+    start: int = 0,
+    out_SN: torch.Tensor | None = None,
+    add: bool = False,
 ) -> torch.Tensor:
     """Return the product of every group, or write that of some to their rows of `out_SN`. Not differentiable.
 
@@ -127,6 +132,7 @@ def multiply_groups(
         groups (`Groups`): Which rows belong to which group.
         start (`int`): The first of these groups.
         out_SN (`torch.Tensor`, *optional*): All rows of the result. Without it, `w_GKN` has to have all groups.
+        add (`bool`): Whether the product is added to what `out_SN` holds.
     """
     stop = start + len(w_GKN)
     assert out_SN is not None or len(w_GKN) == len(groups.ends)
@@ -137,13 +143,19 @@ def multiply_groups(
         product = grouped_mm(x_SK[rows].contiguous(), w_GKN, offs=ends)
         if out_SN is None:
             return product
-        out_SN[rows] = product
+        if add:
+            out_SN[rows].add_(product)
+        else:
+            out_SN[rows] = product
         return out_SN
     if out_SN is None:
         out_SN = x_SK.new_empty(len(x_SK), w_GKN.shape[2])
     for group, w_KN in enumerate(w_GKN, start):
         rows = groups.rows(group, group + 1)
-        torch.mm(x_SK[rows], w_KN, out=out_SN[rows])
+        if add:
+            out_SN[rows].addmm_(x_SK[rows], w_KN)
+        else:
+            torch.mm(x_SK[rows], w_KN, out=out_SN[rows])
     return out_SN
 
 
@@ -186,3 +198,30 @@ def grouped_product(x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups) -> 
         groups (`Groups`): Which rows belong to which group.
     """
     return _GroupedProduct.apply(x_SK, w_GKN, groups)
+
+
+class RowsOfTokens(torch.autograd.Function):
+    """Each token k times, in the order of the rows. Autograd's own gradient of an index sorts it all over again."""
+
+    @staticmethod
+    def forward(ctx, x_TH: torch.Tensor, order: torch.Tensor, place_of_row: torch.Tensor, top_k: int) -> torch.Tensor:
+        ctx.place_of_row, ctx.top_k = place_of_row, top_k
+        return x_TH[order // top_k]
+
+    @staticmethod
+    def backward(ctx, grad_SH: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        shape = len(grad_SH) // ctx.top_k, ctx.top_k, grad_SH.shape[1]
+        return grad_SH[ctx.place_of_row].view(shape).sum(1), None, None, None
+
+
+class Reordered(torch.autograd.Function):
+    """Rows in another order, whose inverse is known."""
+
+    @staticmethod
+    def forward(ctx, x_SH: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.inverse = inverse
+        return x_SH[order]
+
+    @staticmethod
+    def backward(ctx, grad_SH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad_SH[ctx.inverse], None, None
