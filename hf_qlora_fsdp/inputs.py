@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from .adapters import check_peft_config, default_peft_config
 from .config import QLoRAFSDPConfig
@@ -235,6 +236,26 @@ def leave_experts_to_us(model: nn.Module, args: QLoRAFSDPConfig) -> None:
         if options.get("swiglu", True):
             log_once("use_liger_kernel: all but its SwiGLU, which knows no experts in 4 bits.")
         args.liger_kernel_config = options | {"swiglu": False}
+
+
+def settle_liger(args: QLoRAFSDPConfig, num_fused_mlps: int, device_type: str) -> None:
+    """Keep Liger, which works when training begins, from MLPs that are fused already; say on a GPU if it is not used.
+
+    Args:
+        args (`QLoRAFSDPConfig`): May get another `liger_kernel_config`.
+        num_fused_mlps (`int`): MLPs whose `forward` Liger's SwiGLU would replace by one that runs their layers one by
+            one.
+        device_type (`str`): Of the device that trains.
+    """
+    options: dict[str, Any] = dict(args.liger_kernel_config or {})
+    if args.use_liger_kernel and num_fused_mlps and options.get("swiglu", True):
+        log_once("use_liger_kernel: all but its SwiGLU, in whose place the MLPs are fused with their adapters.")
+        args.liger_kernel_config = options | {"swiglu": False}
+    if not args.use_liger_kernel and device_type == "cuda":
+        log_once(
+            "RMSNorm and rotary embedding run as transformers has them, in many kernels each, since %s.",
+            "use_liger_kernel=True is not set" if is_liger_kernel_available() else "liger-kernel is not installed",
+        )
 
 
 def announce_default_adapter() -> LoraConfig:

@@ -46,6 +46,7 @@ from .inputs import (
     load_processing_class,
     read_model_options,
     read_policy,
+    settle_liger,
 )
 from .loader import load_quantized_model
 from .module_walks import spare_walks
@@ -115,8 +116,8 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         with _hidden_from_trl(given["model"], args):
             super().__init__(**given)
         check_sharded(self.model, self.sharding_policy)
-        if args.fuse_lora:
-            fuse_lora(self.model)
+        num_mlps = fuse_lora(self.model).num_mlps if args.fuse_lora else 0
+        settle_liger(args, num_mlps, self.accelerator.device.type)
         if self.padding_free:
             use_packed_attention(base_model(self.model))
         self.checkpointing: LayerCheckpointing | None = None

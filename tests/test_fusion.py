@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 
 from hf_qlora_fsdp import fusion
 from hf_qlora_fsdp.fusion import fuse_lora, unfuse_lora
+from hf_qlora_fsdp.inputs import settle_liger
 from hf_qlora_fsdp.packing import repack
 from tests.test_packing import make_linear
 from tests.tiny import make_checkpoint
@@ -363,6 +365,29 @@ def test_a_layer_that_wants_something_else_takes_the_group_apart(group_calls):
     handle.remove()
     assert group_calls == []
     assert not torch.equal(model(draw_input()), without) and group_calls == [3]
+
+
+# ---- Beside Liger ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("used", "given", "num_mlps", "device_type", "settled", "said"),
+    [
+        (True, None, 2, "cuda", {"swiglu": False}, "all but its SwiGLU"),
+        (True, {"rope": False}, 2, "cpu", {"rope": False, "swiglu": False}, "all but its SwiGLU"),
+        (True, {"swiglu": False}, 2, "cuda", {"swiglu": False}, None),
+        (True, None, 0, "cuda", None, None),
+        (False, None, 2, "cuda", None, "RMSNorm and rotary embedding run as transformers has them"),
+        (False, None, 2, "cpu", None, None),
+    ],
+)
+def test_liger_leaves_fused_mlps_alone(used, given, num_mlps, device_type, settled, said, caplog):
+    """Its SwiGLU would put another forward in the place of theirs, when training begins, without a word."""
+    args: Any = SimpleNamespace(use_liger_kernel=used, liger_kernel_config=given)
+    with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
+        settle_liger(args, num_mlps, device_type)
+    assert args.liger_kernel_config == settled
+    assert len(caplog.messages) == (said is not None) and all(said in line for line in caplog.messages)
 
 
 # ---- On the ranks ----------------------------------------------------------------------------------------------------
