@@ -43,6 +43,7 @@ SHAPES: dict[str, tuple[str, int, int, int, int]] = {
     # kind, hidden, intermediate, experts, experts a token
     "tiny": ("mixtral", 128, 256, 4, 2),
     "tiny-qwen3": ("qwen3_moe", 128, 64, 16, 4),
+    "tiny-gpt-oss": ("gpt_oss", 128, 128, 4, 2),
     "mixtral-8x7b": ("mixtral", 4096, 14336, 8, 2),
     "mixtral-8x22b": ("mixtral", 6144, 16384, 8, 2),
     "qwen3-30b-a3b": ("qwen3_moe", 2048, 768, 128, 8),
