@@ -8,11 +8,11 @@ processes; it is written down as such, and new ones go on with the next.
     python benchmarks/planner_truth.py --out truth.jsonl --minutes 5
     python benchmarks/planner_truth.py --measured truth.jsonl --results benchmarks/results.csv
 
-Of some configurations a picture is taken as well: every allocation that is alive at the peak of a steady step, summed
-by the code that asked for it, against which the planner's causes can be held one by one.
+With `--pictures`, every allocation that is alive at the peak of a steady step is kept, summed by the code that asked
+for it, against which the planner's causes can be held one by one.
 
-On 2x H100 all of them take about four minutes without the last one (405B, three more); `--tiny` runs them with models
-of a few kilobytes on a CPU, to see that the script works.
+On 2x H100 all of them take six minutes without the last one (405B, three more); `--tiny` runs them with models of a few
+kilobytes on a CPU, to see that the script works.
 """
 
 from __future__ import annotations
@@ -80,14 +80,12 @@ class Configuration:
         words (`str`): Options of `rehearse`.
         seconds (`float`): What it takes on two H100s, about: whether it still fits into `--minutes`.
         ranks (`int`): Processes.
-        picture (`bool`): Whether allocations are recorded. They make its steps slower.
     """
 
     shape: str
     words: str
     seconds: float
     ranks: int = 2
-    picture: bool = False
 
     @property
     def options(self) -> argparse.Namespace:
@@ -99,32 +97,32 @@ class Configuration:
 
 _ATTENTION = "--target-modules q_proj k_proj v_proj o_proj"
 CONFIGURATIONS = {
-    "1b-b4": Configuration("llama-3.2-1b", "--batch 4", 5),
-    "1b-b2-kept": Configuration("llama-3.2-1b", "--batch 2 --no-gradient-checkpointing", 4),
-    "1b-b4-unfused": Configuration("llama-3.2-1b", "--batch 4 --no-fuse-lora", 4),
-    "1b-s8192": Configuration("llama-3.2-1b", "--seq 8192 --use-liger-kernel --lora-r 64", 5),
-    "3b-s4096-liger": Configuration("llama-3.2-3b", "--seq 4096 --batch 2 --use-liger-kernel", 6),
-    "3b-s512-attention": Configuration("llama-3.2-3b", f"--seq 512 --batch 8 --lora-r 64 {_ATTENTION}", 5),
-    "8b-b2": Configuration("llama-3-8b", "--batch 2", 12, picture=True),
-    "8b-b8-liger": Configuration("llama-3-8b", "--batch 8 --use-liger-kernel", 11),
-    "8b-pinned": Configuration("llama-3-8b", "--batch 2 --cpu-offload", 11),
+    "1b-b4": Configuration("llama-3.2-1b", "--batch 4", 11),
+    "1b-b2-kept": Configuration("llama-3.2-1b", "--batch 2 --no-gradient-checkpointing", 6),
+    "1b-b4-unfused": Configuration("llama-3.2-1b", "--batch 4 --no-fuse-lora", 7),
+    "1b-s8192": Configuration("llama-3.2-1b", "--seq 8192 --use-liger-kernel --lora-r 64", 9),
+    "3b-s4096-liger": Configuration("llama-3.2-3b", "--seq 4096 --batch 2 --use-liger-kernel", 14),
+    "3b-s512-attention": Configuration("llama-3.2-3b", f"--seq 512 --batch 8 --lora-r 64 {_ATTENTION}", 10),
+    "8b-b2": Configuration("llama-3-8b", "--batch 2", 14),
+    "8b-b8-liger": Configuration("llama-3-8b", "--batch 8 --use-liger-kernel", 15),
+    "8b-pinned": Configuration("llama-3-8b", "--batch 2 --cpu-offload", 14),
     "8b-half-unpinned": Configuration(
-        "llama-3-8b", "--batch 2 --cpu-offload-layers 16 --no-pin --activation-offloading --use-liger-kernel", 10
+        "llama-3-8b", "--batch 2 --cpu-offload-layers 16 --no-pin --activation-offloading --use-liger-kernel", 14
     ),
-    "8b-kept-liger": Configuration("llama-3-8b", "--no-gradient-checkpointing --use-liger-kernel", 9),
-    "70b-resident": Configuration("llama-2-70b", "--activation-offloading --use-liger-kernel", 32, picture=True),
-    "qwen3-moe": Configuration("qwen3-moe-8b", "--batch 2", 14),
-    "8b-s8192": Configuration("llama-3-8b", "--seq 8192 --activation-offloading --use-liger-kernel", 12),
-    "13b-s1024-r8": Configuration("llama-2-13b", "--seq 1024 --batch 4 --lora-r 8", 12),
-    "mixtral": Configuration("mixtral-8x7b", "--batch 1", 28),
-    "32b-r64": Configuration("qwen2.5-32b", "--batch 1 --lora-r 64", 18),
+    "8b-kept-liger": Configuration("llama-3-8b", "--no-gradient-checkpointing --use-liger-kernel", 12),
+    "70b-resident": Configuration("llama-2-70b", "--activation-offloading --use-liger-kernel", 40),
+    "qwen3-moe": Configuration("qwen3-moe-8b", "--batch 2", 16),
+    "8b-s8192": Configuration("llama-3-8b", "--seq 8192 --activation-offloading --use-liger-kernel", 16),
+    "13b-s1024-r8": Configuration("llama-2-13b", "--seq 1024 --batch 4 --lora-r 8", 16),
+    "mixtral": Configuration("mixtral-8x7b", "--batch 1", 22),
+    "32b-r64": Configuration("qwen2.5-32b", "--batch 1 --lora-r 64", 30),
     "70b-pinned": Configuration(
-        "llama-2-70b", "--batch 2 --cpu-offload --activation-offloading --use-liger-kernel", 34
+        "llama-2-70b", "--batch 2 --cpu-offload --activation-offloading --use-liger-kernel", 50
     ),
-    "1b-b4-alone": Configuration("llama-3.2-1b", "--batch 4", 5, ranks=1),
-    "8b-b2-alone": Configuration("llama-3-8b", "--batch 2", 11, ranks=1),
+    "1b-b4-alone": Configuration("llama-3.2-1b", "--batch 4", 10, ranks=1),
+    "8b-b2-alone": Configuration("llama-3-8b", "--batch 2", 14, ranks=1),
     "8b-unpinned-alone": Configuration(
-        "llama-3-8b", "--seq 4096 --cpu-offload --no-pin --use-liger-kernel", 12, ranks=1
+        "llama-3-8b", "--seq 4096 --cpu-offload --no-pin --use-liger-kernel", 16, ranks=1
     ),
     "405b": Configuration(
         "llama-3.1-405b",
@@ -158,6 +156,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", help=f"some of them, as a,b (all: {', '.join(CONFIGURATIONS)})")
     parser.add_argument("--minutes", type=float, default=10, help="begin nothing that would take longer (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="tiny models, without what needs a card")
+    parser.add_argument("--pictures", action="store_true", help="record allocations, which makes steps slower")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="take an earlier run's --out, run nothing")
     parser.add_argument("--results", type=Path, metavar="CSV", help="append the figures there")
     options = parser.parse_args()
@@ -190,8 +189,9 @@ def measure(options: argparse.Namespace) -> None:
     groups = [[name for name in wanted if CONFIGURATIONS[name].ranks == ranks and name != "405b"] for ranks in (2, 1)]
     for group in [*groups, [name for name in wanted if name == "405b"]]:
         while group and time.time() + START_SECONDS + CONFIGURATIONS[group[0]].seconds < deadline:
-            handed_on = json.dumps({"names": group, "out": str(out), "deadline": deadline, "tiny": options.tiny})
-            codes = run_workers("planner_truth", [handed_on], CONFIGURATIONS[group[0]].ranks)
+            handed_on = {"names": group, "out": str(out), "deadline": deadline}
+            handed_on |= {"tiny": options.tiny, "pictures": options.pictures}
+            codes = run_workers("planner_truth", [json.dumps(handed_on)], CONFIGURATIONS[group[0]].ranks)
             done = [line["name"] for line in read_lines(out)]
             if codes and not set(group) - set(done):
                 break
@@ -230,7 +230,7 @@ def work(handed_on: dict[str, Any]) -> None:
         if not goes_on:
             continue
         try:
-            line = run_one(name, handed_on["tiny"])
+            line = run_one(name, handed_on["tiny"], handed_on["pictures"])
         except Exception as error:
             write_line(Path(handed_on["out"]), {"name": name, "failed": f"{type(error).__name__}: {error}"})
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -240,7 +240,7 @@ def work(handed_on: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def run_one(name: str, tiny: bool) -> dict[str, Any]:
+def run_one(name: str, tiny: bool, pictures: bool) -> dict[str, Any]:
     """Run one configuration, and return what was measured of it; on ranks other than 0, nothing."""
     import torch
 
@@ -266,10 +266,10 @@ def run_one(name: str, tiny: bool) -> dict[str, Any]:
         options.model = f"{folder}/config.json"
         Path(options.model).write_text(json.dumps(config))
         rehearsal.check(options)
-        with recorded(configuration.picture and on_gpu):
+        with recorded(pictures and on_gpu):
             outcome = Rehearsal(options).run()
             after = gather({"outside": outside_bytes()}, max)
-            picture = take_picture(outcome) if configuration.picture and on_gpu and outcome else None
+            picture = take_picture(outcome) if pictures and on_gpu and outcome else None
     clear()
     if ranks.rank() != 0 or outcome is None:
         return {}
