@@ -41,7 +41,7 @@ STOP_SECONDS = 15
 
 # What one group of processes does, one run after the other: on how many GPUs, and with which variables.
 GROUPS: dict[str, tuple[int, dict[str, str], tuple[str, ...]]] = {
-    "ours": (2, {}, ("ours-2", "ours-8", "ours-8-auto", "ours-packed")),
+    "ours": (2, {}, ("ours-2", "ours-8", "ours-8-auto", "ours-packed", "ours-100", "ours-100-unfused")),
     "stock": (2, {}, ("stock-2", "stock-8", "stock-packed", "stock-8-liger")),
     "ours on one": (1, {}, ("plain-8-one", "ours-8-one")),
     "stock on one": (1, {}, ("stock-8-one",)),
@@ -112,6 +112,16 @@ def loss_apart(figures: dict[str, Any]) -> float:
     return 100 * abs(figures["loss_packed"] / figures["loss_alone"] - 1)
 
 
+def losses_apart(fused: dict[str, Any], unfused: dict[str, Any]) -> float:
+    """Return by how much, in percent, the losses of two runs ever differ."""
+    return 100 * max(abs(a / b - 1) for a, b in zip(fused["losses"], unfused["losses"], strict=True))
+
+
+def loss_fallen(figures: dict[str, Any]) -> float:
+    """Return by how much the loss has fallen, in percent: were it nothing, equal losses would show nothing."""
+    return 100 * (1 - figures["losses"][-1] / figures["losses"][0])
+
+
 # Half of the distance between bfloat16 numbers, relative to one: hidden states are rounded by as much.
 BFLOAT16_PERCENT = 100 * 2**-9
 ROWS: dict[str, tuple[Claim, ...]] = {
@@ -138,6 +148,10 @@ ROWS: dict[str, tuple[Claim, ...]] = {
             lambda a, b: 100 * (step_seconds(a) / step_seconds(b) - 1),
             at_most=5,
         ),
+    ),
+    "100-steps": (
+        Claim("losses, fused off unfused by", "%", ("ours-100", "ours-100-unfused"), losses_apart, at_most=1),
+        Claim("loss fallen by", "%", ("ours-100",), loss_fallen, at_least=5),
     ),
     "one-gpu": (faster("ours-8-one", "stock-8-one", None), no_larger("ours-8-one", "stock-8-one")),
 }

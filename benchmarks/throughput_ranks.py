@@ -63,6 +63,7 @@ class Run:
         cap_gib (`int`, *optional*): Hold the cards to so much.
         packed (`bool`): Whether sequences of mixed length are packed, instead of being as long as `--seq`.
         options (`tuple`): Fields of the config, as pairs.
+        num_steps (`int`, *optional*): So many steps, none of them timed, instead of what the command line says.
     """
 
     kind: str
@@ -73,15 +74,23 @@ class Run:
     cap_gib: int | None = None
     packed: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    num_steps: int | None = None
+
+    def count_steps(self, options: argparse.Namespace) -> int:
+        """Return how many steps are taken, less the one that is profiled."""
+        return self.num_steps or options.warm_up + options.steps * options.repetitions
 
 
 OURS = {"kind": "ours", "num_ranks": 2, "liger": True}
+HUNDRED = {"shape": "llama-3.2-1b", "batch": 2, "num_steps": 100, "options": (("learning_rate", 1e-3),)}
 STOCK = {"kind": "stock", "num_ranks": 2}
 RUNS = {
     "ours-2": Run(**OURS, batch=2),
     "ours-8": Run(**OURS, batch=8),
     "ours-8-auto": Run(**OURS, batch=8, cap_gib=72, options=(("checkpoint_layers", "auto"),)),
     "ours-packed": Run(**OURS, batch=1, packed=True),
+    "ours-100": Run(**OURS, **HUNDRED),
+    "ours-100-unfused": Run(**OURS, **HUNDRED | {"options": (*HUNDRED["options"], ("fuse_lora", False))}),
     "stock-2": Run(**STOCK, batch=2),
     "stock-8": Run(**STOCK, batch=8),
     "stock-packed": Run(**STOCK, batch=1, packed=True),
@@ -182,7 +191,7 @@ def make_args(this: Run, options: argparse.Namespace, device: torch.device) -> S
     """Return the arguments: the same for all, and what the run is about."""
     shared: dict[str, Any] = {
         "output_dir": str(options.folder / "output"),
-        "max_steps": options.warm_up + options.steps * options.repetitions + bool(options.profile),
+        "max_steps": this.count_steps(options) + bool(options.profile),
         "per_device_train_batch_size": this.batch,
         "bf16": True,
         "learning_rate": 1e-4,
@@ -222,10 +231,9 @@ def make_args(this: Run, options: argparse.Namespace, device: torch.device) -> S
 
 
 def make_data(this: Run, options: argparse.Namespace) -> Dataset:
-    """Return random tokens, enough for every step. Packed ones are of mixed length: most short, a few long."""
+    """Return tokens, random ones, enough for every step. Packed rows are of mixed length: most short, a few long."""
     draw = random.Random(0)
-    num_steps = options.warm_up + options.steps * options.repetitions + 1
-    num_rows = num_steps * this.batch * this.num_ranks
+    num_rows = (this.count_steps(options) + 1) * this.batch * this.num_ranks
     lengths = [64 if options.tiny else options.seq] * num_rows
     if this.packed:
         longest = 128 if options.tiny else PACK_TOKENS
@@ -233,6 +241,8 @@ def make_data(this: Run, options: argparse.Namespace) -> Dataset:
         while sum(lengths) < (num_rows + 2) * longest:
             lengths.append(min(max(int(draw.lognormvariate(6.5, 0.9)), 32), longest // 2))
     rows = [[draw.randrange(3, 500) for _ in range(length)] for length in lengths]
+    if this.num_steps:  # something to learn: each token follows from the one before, of which there are 40
+        rows = [[3 + 12 * (pow(5, place, 41) * row[0] % 41) for place in range(len(row))] for row in rows]
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 

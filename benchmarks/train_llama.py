@@ -33,10 +33,11 @@ from hf_qlora_fsdp.anatomy import build_meta_model
 
 SHAPES = {
     "tiny": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
+    "llama-3.2-1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
     "llama-3-8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
     "llama-2-70b": {"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80},
 }
-HEADS = {"tiny": (4, 2), "llama-3-8b": (32, 8), "llama-2-70b": (64, 8)}
+HEADS = {"tiny": (4, 2), "llama-3.2-1b": (32, 8), "llama-3-8b": (32, 8), "llama-2-70b": (64, 8)}
 SHARD_BYTES = 4 << 30
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 RESULTS = Path(__file__).parent / "results.csv"
