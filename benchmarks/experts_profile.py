@@ -8,7 +8,7 @@ and backward. Medians of 20:
     kernels     how many there are
 
 Then each product alone, with chunks of several sizes: how long it takes, and the most that is allocated beside rows and
-result, which is compared with the formula of `hf_qlora_fsdp/experts.py`.
+result, which is compared with the formula of `hf_qlora_fsdp/experts/layers.py`.
 
     python benchmarks/experts_profile.py --shape mixtral-8x7b
 """
@@ -29,9 +29,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hf_qlora_fsdp.expert_lora import ParamWrapper
-from hf_qlora_fsdp.experts import CHUNK_BYTES, PROJECTIONS, Experts4bit
-from hf_qlora_fsdp.grouping import Groups
+from hf_qlora_fsdp.experts.grouping import Groups
+from hf_qlora_fsdp.experts.layers import CHUNK_BYTES, PROJECTIONS, Experts4bit
+from hf_qlora_fsdp.experts.lora import ParamWrapper
 from hf_qlora_fsdp.units import format_bytes
 
 KINDS: dict[str, type[nn.Module]] = {

@@ -25,8 +25,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from hf_qlora_fsdp import packing
-from hf_qlora_fsdp.fusion import FusedMLP, fuse_lora
 from hf_qlora_fsdp.packing import PackedLayout, PackedLinear4bit
+from hf_qlora_fsdp.speed.fusion import FusedMLP, fuse_lora
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SHAPES = {

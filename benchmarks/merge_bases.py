@@ -25,12 +25,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_qlora_fsdp.demo import REPORT_FILE
-from hf_qlora_fsdp.demo_model import DEFAULT_MODEL, find_model
+from hf_qlora_fsdp.demo.command import REPORT_FILE
+from hf_qlora_fsdp.demo.model import DEFAULT_MODEL, find_model
+from hf_qlora_fsdp.demo.orders import HELD_OUT, Example, generate_orders, score
 from hf_qlora_fsdp.export import load_adapter
 from hf_qlora_fsdp.loader import load_quantized_model
-from hf_qlora_fsdp.merging import merge_adapter
-from hf_qlora_fsdp.orders import HELD_OUT, Example, generate_orders, score
+from hf_qlora_fsdp.merging.merger import merge_adapter
 
 RESULTS = Path(__file__).parent / "merge.csv"
 NUM_ANSWERED = 24

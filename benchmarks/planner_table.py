@@ -14,7 +14,7 @@ from pathlib import Path
 from planner_truth import CONFIGURATIONS, TRUTH_SHAPES, Configuration
 from transformers import AutoConfig
 
-from hf_qlora_fsdp.planner import estimate_memory
+from hf_qlora_fsdp.planning.planner import estimate_memory
 
 RESULTS = Path(__file__).parent / "results.csv"
 GIB = 2**30

@@ -1,7 +1,7 @@
 """Claim: the planner's figures are those of the cards. Measures what `hf-qlora-fsdp plan` predicts.
 
 One pair of processes trains many configurations one after the other, each with the real trainer on random weights
-(`rehearsal_ranks.py`), three steps each, and writes a line of JSON as soon as one is measured: peaks of card and host
+(`rehearsal/workers.py`), three steps each, and writes a line of JSON as soon as one is measured: peaks of card and host
 by phase, seconds, and what lies outside of torch's allocator. A configuration that runs out of memory ends the
 processes; it is written down as such, and new ones go on with the next.
 
@@ -37,8 +37,8 @@ from typing import Any
 from offload import LLAMA, SHAPES
 from promises import COLUMNS, GIB
 
-from hf_qlora_fsdp import rehearsal
 from hf_qlora_fsdp.launch import is_worker, run_workers
+from hf_qlora_fsdp.rehearsal import command as rehearsal
 
 QWEN = {"initializer_range": 0.02, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 TRUTH_SHAPES: dict[str, dict[str, Any]] = SHAPES | {
@@ -219,7 +219,8 @@ def work(handed_on: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from hf_qlora_fsdp import ranks, rehearsal_ranks
+    from hf_qlora_fsdp import ranks
+    from hf_qlora_fsdp.rehearsal import workers as rehearsal_ranks
 
     ranks.join_process_group("cuda" if torch.cuda.is_available() else "cpu")
     # One measurement will do: the card is the same.
@@ -246,7 +247,7 @@ def run_one(name: str, tiny: bool, pictures: bool) -> dict[str, Any]:
 
     from hf_qlora_fsdp import ranks
     from hf_qlora_fsdp.memory_trace import host_bytes
-    from hf_qlora_fsdp.rehearsal_ranks import Rehearsal
+    from hf_qlora_fsdp.rehearsal.workers import Rehearsal
 
     began = time.monotonic()
     configuration = CONFIGURATIONS[name]

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from hf_qlora_fsdp import rehearsal, rehearsal_ranks
 from hf_qlora_fsdp.anatomy import plan_units
 from hf_qlora_fsdp.launch import default_num_processes, is_worker
 from hf_qlora_fsdp.ranks import rank
-from hf_qlora_fsdp.rehearsal_ranks import Rehearsal, Stopwatch
-from hf_qlora_fsdp.rehearsal_report import describe
+from hf_qlora_fsdp.rehearsal import command as rehearsal
+from hf_qlora_fsdp.rehearsal import workers as rehearsal_ranks
+from hf_qlora_fsdp.rehearsal.report import describe
+from hf_qlora_fsdp.rehearsal.workers import Rehearsal, Stopwatch
 from hf_qlora_fsdp.sharding import base_model
 
 NUM_SHOWN = 30

@@ -1,8 +1,8 @@
 """What plain upstream makes of a mixture of experts: `rehearse`, but with transformers, TRL, PEFT and FSDP2 alone.
 
-Takes the options of `hf-qlora-fsdp rehearse` that `experts.py` gives it, and writes the same figures. Nothing of this
-package takes part but its stopwatch. Random weights are written to disk first, because `from_pretrained` reads nothing
-else; that is not timed. "Matmul share" counts the multiplications of the same model as ours.
+Takes the options of `hf-qlora-fsdp rehearse` that `experts.py` gives it, and writes the same figures. Nothing of
+this package takes part but its stopwatch. Random weights are written to disk first, because `from_pretrained` reads
+nothing else; that is not timed. "Matmul share" counts the multiplications of the same model as ours.
 
     python benchmarks/stock_experts.py CONFIG --seq 2048 --batch 1 --target-modules q_proj k_proj v_proj o_proj
 """
@@ -25,15 +25,15 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from hf_qlora_fsdp import rehearsal
-from hf_qlora_fsdp.adapters import inject_adapter
-from hf_qlora_fsdp.blueprint import build_quantized_meta_model
 from hf_qlora_fsdp.launch import default_num_processes, is_worker
-from hf_qlora_fsdp.matmul_share import measure_matmul_rate
+from hf_qlora_fsdp.loading.adapters import inject_adapter
+from hf_qlora_fsdp.loading.blueprint import build_quantized_meta_model
 from hf_qlora_fsdp.memory_trace import MemoryTrace
 from hf_qlora_fsdp.ranks import rank
-from hf_qlora_fsdp.rehearsal_ranks import Rehearsal, Stopwatch, make_tokenizer
-from hf_qlora_fsdp.rehearsal_report import present
+from hf_qlora_fsdp.rehearsal import command as rehearsal
+from hf_qlora_fsdp.rehearsal.report import present
+from hf_qlora_fsdp.rehearsal.workers import Rehearsal, Stopwatch, make_tokenizer
+from hf_qlora_fsdp.speed.matmul_share import measure_matmul_rate
 
 
 class StockRehearsal(Rehearsal):

@@ -25,7 +25,7 @@ def read_runs(results: Path = RESULTS) -> dict[tuple[str, str], dict[str, str]]:
     with results.open(newline="") as stream:
         for row in csv.DictReader(stream):
             _, script, arguments = row["command"].partition("train_llama.py ")
-            if not script:  # offload.py prints a table of its own
+            if not script:  # offloading/offload.py prints a table of its own
                 continue
             name = row["claim"].rpartition(": ")[2]
             runs.setdefault((row["hardware"], arguments), {})[name] = row["value"]

@@ -39,11 +39,11 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_qlora_fsdp import QLoRAFSDPConfig, QLoRAFSDPTrainer, compat
 from hf_qlora_fsdp.compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
-from hf_qlora_fsdp.fusion import fuse_lora
-from hf_qlora_fsdp.matmul_share import count_multiplications, measure_matmul_rate
-from hf_qlora_fsdp.memory_cap import MemoryCap
 from hf_qlora_fsdp.packing import repack
+from hf_qlora_fsdp.rehearsal.memory_cap import MemoryCap
 from hf_qlora_fsdp.sharding import base_model
+from hf_qlora_fsdp.speed.fusion import fuse_lora
+from hf_qlora_fsdp.speed.matmul_share import count_multiplications, measure_matmul_rate
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "liger-kernel")
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from .config import QLoRAFSDPConfig as QLoRAFSDPConfig
     from .export import save_adapter as save_adapter
     from .loader import load_quantized_model as load_quantized_model
-    from .merging import merge_adapter as merge_adapter
-    from .notebook import notebook_launch as notebook_launch
-    from .planner import estimate_memory as estimate_memory
-    from .planner import plan as plan
+    from .merging.merger import merge_adapter as merge_adapter
+    from .notebook.launching import notebook_launch as notebook_launch
+    from .planning.planner import estimate_memory as estimate_memory
+    from .planning.planner import plan as plan
     from .sharding import shard_model as shard_model
     from .trainer import QLoRAFSDPTrainer as QLoRAFSDPTrainer
 
@@ -23,11 +23,11 @@ _HOME = {
     "QLoRAFSDPConfig": "config",
     "QLoRAFSDPTrainer": "trainer",
     "check_adapter": "checking",
-    "estimate_memory": "planner",
+    "estimate_memory": "planning.planner",
     "load_quantized_model": "loader",
-    "merge_adapter": "merging",
-    "notebook_launch": "notebook",
-    "plan": "planner",
+    "merge_adapter": "merging.merger",
+    "notebook_launch": "notebook.launching",
+    "plan": "planning.planner",
     "save_adapter": "export",
     "shard_model": "sharding",
 }

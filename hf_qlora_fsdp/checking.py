@@ -26,11 +26,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from .adapter_edits import ADAPTER_CONFIG, Adapter, refuse_unmergeable
 from .anatomy import build_meta_model
-from .checkpoints import hash_file
 from .export import OPTIMIZER_TENSORS, OPTIMIZER_VALUES
-from .weights import Weights
+from .loading.weights import Weights
+from .merging.edits import ADAPTER_CONFIG, Adapter, refuse_unmergeable
+from .resuming.checkpoints import hash_file
 
 MANIFEST = "manifest.json"
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .demo import add_arguments as add_demo_arguments
-from .doctor import add_arguments as add_doctor_arguments
-from .planning import add_arguments as add_plan_arguments
-from .rehearsal import add_arguments as add_rehearsal_arguments
+from .demo.command import add_arguments as add_demo_arguments
+from .doctor.command import add_arguments as add_doctor_arguments
+from .planning.command import add_arguments as add_plan_arguments
+from .rehearsal.command import add_arguments as add_rehearsal_arguments
 from .translation import refusal
 
 WHICH_BASE = """\
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_demo(args: argparse.Namespace) -> int:
-    from .demo import launch
+    from .demo.command import launch
 
     return launch(args)
 
@@ -91,7 +91,7 @@ def _add_plan(commands: Any) -> None:
 
 
 def _run_plan(args: argparse.Namespace) -> int:
-    from .planning import launch
+    from .planning.command import launch
 
     return launch(args)
 
@@ -110,7 +110,7 @@ def _add_rehearse(commands: Any) -> None:
 
 
 def _run_rehearse(args: argparse.Namespace) -> int:
-    from .rehearsal import launch
+    from .rehearsal.command import launch
 
     return launch(args)
 
@@ -127,7 +127,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _run_train(args: argparse.Namespace) -> int:
-    from .training import launch
+    from .train.command import launch
 
     return launch(args.arguments)
 
@@ -174,7 +174,7 @@ def _add_merge(commands: Any) -> None:
 
 
 def _run_merge(args: argparse.Namespace) -> int:
-    from .merging import merge_adapter
+    from .merging.merger import merge_adapter
 
     folder = merge_adapter(
         args.base,
@@ -226,7 +226,7 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _run_doctor(args: argparse.Namespace) -> int:
-    from .doctor import launch
+    from .doctor.command import launch
 
     return launch(args)
 

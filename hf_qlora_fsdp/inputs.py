@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
-from .adapters import check_peft_config, default_peft_config
 from .config import QLoRAFSDPConfig
-from .experts import Experts4bit
+from .experts.layers import Experts4bit
+from .loading.adapters import check_peft_config, default_peft_config
 from .ranks import log_once
 from .sharding import base_model, check_storage_dtype
 from .sharding_policy import ShardingPolicy

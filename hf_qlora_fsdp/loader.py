@@ -8,7 +8,7 @@
 
 Each byte of the checkpoint is thus read by one rank of a node, and what travels is the packed result. Ranks of other
 nodes read their own copy: a disk is closer than another machine.
-The first load keeps what it made, and later ones read that: 4 bits, nothing to quantise (`shard_cache.py`).
+The first load keeps what it made, and later ones read that: 4 bits, nothing to quantise (`loading/shard_cache.py`).
 
 **Memory.** With S the bytes of a rank's shards, U those of a unit in its final form (4 bits, or 16 for the embedding),
 and T those of its largest single tensor as it lies in the checkpoint, and once more in the parameter dtype if it is
@@ -41,27 +41,20 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
-from .adapters import check_peft_config, initialize_adapter, inject_adapter
 from .anatomy import Unit, plan_units
-from .blueprint import build_quantized_meta_model
-from .experts import CHUNK_BYTES, Experts4bit
-from .fitting import Need, available_bytes, check_fits
+from .experts.layers import CHUNK_BYTES, Experts4bit
+from .loading.adapters import check_peft_config, initialize_adapter, inject_adapter
+from .loading.blueprint import build_quantized_meta_model
+from .loading.fitting import Need, available_bytes, check_fits
+from .loading.random_weights import draw_weights
+from .loading.shard_cache import choose_folder, consult
+from .loading.sources import Piece, Slot, Slots, Source, plan_checkpoint
+from .loading.weights import Weights, find_weights
+from .offloading.staging import NUM_SLOTS
 from .packing import PackedLinear4bit
-from .random_weights import draw_weights
 from .ranks import fail_together, join_process_group, local_world_size, rank
-from .shard_cache import choose_folder, consult
-from .sharding import (
-    float32_parameters,
-    make_mesh,
-    mesh_device,
-    move_buffers,
-    shard_root,
-    shard_unit,
-)
+from .sharding import float32_parameters, make_mesh, mesh_device, move_buffers, shard_root, shard_unit
 from .sharding_policy import ShardingPolicy
-from .sources import Piece, Slot, Slots, Source, plan_checkpoint
-from .staging import NUM_SLOTS
-from .weights import Weights, find_weights
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 
@@ -116,13 +109,13 @@ def load_quantized_model(
         key_mapping (`dict[str, str]`, *optional*): Renamings of checkpoint tensors, as in `from_pretrained`.
         trust_remote_code (`bool`): Whether code from the model's repository may run.
         progress (`bool`): Show a progress bar on rank 0.
-        random_weights (`bool`): Draw the weights on the device instead of reading them (`random_weights.py`). Only the
-            config is opened, which `model_id_or_path` may then name itself.
+        random_weights (`bool`): Draw the weights on the device instead of reading them (`loading/random_weights.py`).
+            Only the config is opened, which `model_id_or_path` may then name itself.
         shard_cache (`bool`): Keep the quantised weights on disk, and read them instead of the checkpoint the next time.
             Not for weights that are stored in 4 bits.
         shard_cache_dir (`str`, *optional*): Where. Defaults to `HF_QLORA_FSDP_SHARD_CACHE_DIR`, else to
             `hf_qlora_fsdp/shards` in `HF_HOME`. May be removed at any time.
-        expert_chunk_bytes (`int`): Of a mixture of experts: 16-bit weights at a time, see `experts.py`.
+        expert_chunk_bytes (`int`): Of a mixture of experts: 16-bit weights at a time, see `experts/layers.py`.
         **kwargs: What `from_pretrained` takes: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`,
             `attn_implementation`, `use_kernels`, and values that override the config's.
     Returns:

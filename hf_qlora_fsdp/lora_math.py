@@ -14,7 +14,7 @@ Of E experts, stacked to `[E, N, K]`, each has factors of its own (`target_param
 and B [N, r E], in which the expert changes fastest. A checkpoint may hold them stacked, or each of them, or the upper
 half of its rows, as a tensor by itself: a `Part`.
 
-An `Edit` is all that happens to one parameter; `adapter_edits.py` reads it out of an adapter. The sum is formed in
+An `Edit` is all that happens to one parameter; `merging/edits.py` reads it out of an adapter. The sum is formed in
 float32, in blocks of rows, and rounded once.
 """
 

@@ -11,10 +11,11 @@ rules that keep the numbers right:
 * **What a model insists on keeping in float32** stays whole on every rank: such parameters are few and small, and a
   unit has only one dtype.
 
-**Offload.** Frozen matrices of offloaded units lie in host memory (`offload.py`) and are copied to the accelerator when
-their unit is gathered. What is trained stays on the accelerator, with its gradients and optimizer states: it is small,
-and an optimizer step on the host would wait for copies both ways. `cpu_offload_trainable` moves it, too, by PyTorch's
-`CPUOffloadPolicy`; the LoRA weights of a layer then form a unit of their own, since a policy holds for a whole unit.
+**Offload.** Frozen matrices of offloaded units lie in host memory (`offloading/offload.py`) and are copied to the
+accelerator when their unit is gathered. What is trained stays on the accelerator, with its gradients and optimizer
+states: it is small, and an optimizer step on the host would wait for copies both ways. `cpu_offload_trainable` moves
+it, too, by PyTorch's `CPUOffloadPolicy`; the LoRA weights of a layer then form a unit of their own, since a policy
+holds for a whole unit.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from . import compat
 from .anatomy import Unit, decoder_layers, keep_in_float32, plan_units
 from .compat.torch_gather_bytes import PATCH as GATHER_BYTES
 from .errors import ShardingError
-from .experts import fused_experts
-from .offload import HostStore, HostTensor, shard_bytes
+from .experts.layers import fused_experts
+from .offloading.offload import HostStore, HostTensor, shard_bytes
 from .packing import PackedLinear4bit, repack
 from .ranks import log_once
 from .sharding_policy import ShardingPolicy

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from .anatomy import Unit
-from .host_memory import HostMemory, KeptFile, MappedFile, PinnedMemory
-from .offload import HostStore
+from .offloading.host_memory import HostMemory, KeptFile, MappedFile, PinnedMemory
+from .offloading.offload import HostStore
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .anatomy import Unit
-from .experts import Experts4bit
+from .experts.layers import Experts4bit
 from .packing import PackedLinear4bit
 from .units import format_bytes, format_count, format_dtype, format_table
 

@@ -9,7 +9,7 @@ training loop are theirs, unchanged.
     model in memory    -> adapter, shard_model   } -> PeftModel in FSDP units -> SFTTrainer
     sharded model      -> adapter, its own units/
 
-Saving, resuming and what may go wrong in between are `resuming.py`'s.
+Saving, resuming and what may go wrong in between are `resuming/resumable.py`'s.
 """
 
 from __future__ import annotations
@@ -29,14 +29,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments,
 from trl import SFTTrainer
 
 from . import compat
-from .adapters import initialize_adapter, inject_adapter
 from .anatomy import decoder_layers, plan_units
-from .auto_planning import apply_plan
-from .checkpointing import LayerCheckpointing
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
 from .config import QLoRAFSDPConfig
 from .export import check_exportable, save_adapter
-from .fusion import fuse_lora
 from .inputs import (
     adopt_args,
     announce_default_adapter,
@@ -49,11 +45,10 @@ from .inputs import (
     settle_liger,
 )
 from .loader import load_quantized_model
-from .module_walks import spare_walks
-from .packed_attention import use_packed_attention
+from .loading.adapters import initialize_adapter, inject_adapter
+from .planning.auto import apply_plan
 from .ranks import log_once, rank
-from .resuming import ResumableTrainer
-from .shard_steps import clip_gradients, step_on_shards
+from .resuming.resumable import ResumableTrainer
 from .sharding import (
     base_model,
     check_sharded,
@@ -64,6 +59,11 @@ from .sharding import (
     shard_model,
     shard_root,
 )
+from .speed.checkpointing import LayerCheckpointing
+from .speed.fusion import fuse_lora
+from .speed.module_walks import spare_walks
+from .speed.packed_attention import use_packed_attention
+from .speed.shard_steps import clip_gradients, step_on_shards
 from .summary import describe
 
 

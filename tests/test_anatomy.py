@@ -6,14 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_qlora_fsdp.anatomy import (
-    Unit,
-    build_meta_model,
-    decoder_layers,
-    is_tied,
-    keep_in_float32,
-    plan_units,
-)
+from hf_qlora_fsdp.anatomy import Unit, build_meta_model, decoder_layers, is_tied, keep_in_float32, plan_units
 from tests.tiny import make_model
 
 SIZES = {

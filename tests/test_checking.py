@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_qlora_fsdp import check_adapter
 from hf_qlora_fsdp.cli import main
-from tests.test_merging import edit_config, edit_tensors, make_adapter
+from tests.merging.test_merging import edit_config, edit_tensors, make_adapter
 from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,5 @@
-"""What is saved is what is in memory, and what plain PEFT reads and writes. Resumed runs are in test_resuming.py.
+"""What is saved is what is in memory, and what plain PEFT reads and writes. Resumed runs are in
+resuming/test_resuming.py.
 
 Every file is read back by code that is not this package's: safetensors, and `PeftModel.from_pretrained` on a plain
 4-bit model in one process. Logits are compared in float32: 14 linear layers, each with sums of at most 256 terms, give

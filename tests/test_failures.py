@@ -44,7 +44,7 @@ print("nobody must come here", flush=True)
 """
 
 IN_LOADING = """
-from hf_qlora_fsdp import sources
+from hf_qlora_fsdp.loading import sources
 
 quantize, calls = sources.quantize, []
 

@@ -8,66 +8,30 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 
-# From the bottom up. A folder is one module: what is inside it may import what else is inside it.
+# From the bottom up. A folder is one room: what is inside it may import what else is inside it, but not in a circle.
 LAYERS = [
-    {"errors", "findings", "host", "units", "orders", "slurm"},
+    {"errors", "host", "lora_math", "memory_trace", "slurm", "translation", "units"},
     {"ranks"},
-    {"kernels"},
-    {"anatomy", "checkpoints", "compat", "fitting", "host_memory", "lora_math", "packing", "random_states", "shards"}
-    | {
-        "demo_model",
-        "fsdp_state",
-        "grouping",
-        "module_walks",
-        "packed_attention",
-        "quantization",
-        "shard_steps",
-        "translation",
-        "watch",
-        "weights",
-    },
-    {"alpaca", "conversion", "expert_lora", "expert_stacks", "sharegpt"},
-    {"experts"},
-    {"adapter_edits", "adapters", "cache_writer", "config", "merge_folder", "recipes", "staging", "summary"},
-    {"expert_recipes"},
-    {"offload"},
-    {"sharding_policy"},
-    {"checkpointing", "fusion", "sharding"},
-    {"blueprint", "sources"},
-    {"cache_reader", "random_weights"},
-    {"shard_cache"},
-    {"cards", "matmul_share", "weighing"},
-    {"layer_trial"},
-    {"memory_model"},
-    {"memory_estimate", "time_model"},
-    {"plan_search"},
-    {"planner"},
-    {"plan_files", "plan_plot"},
-    {"plan_report"},
-    {"auto_planning"},
-    {"loader", "export", "inputs", "merge_plan", "arguments", "training_data"},
-    {"command_line", "continuity"},
-    {"merging", "resuming", "checking"},
-    {"launch", "trainer"},
-    {"notebook_worker"},
-    {"notebook"},
-    {"memory_cap", "memory_trace", "rehearsal_plot", "shortage"},
-    {"rehearsal_ranks", "rehearsal_report", "progress"},
-    {"curves", "environment_checks", "gpu_checks", "host_checks", "live_test", "software_checks"},
-    {"kernel_checks"},
-    {"examination"},
-    {"doctor", "demo", "planning", "rehearsal", "training"},
+    {"compat", "conversion", "kernels", "launch", "offloading", "quantization"},
+    {"anatomy", "config", "notebook", "packing"},
+    {"experts", "sharding_policy"},
+    {"sharding", "speed", "summary"},
+    {"export", "loading"},
+    {"inputs", "loader", "merging", "planning", "resuming"},
+    {"checking", "doctor", "trainer"},
+    {"demo", "rehearsal", "train"},
     {"cli"},
 ]
 
 # Each of these works alone, in a notebook, with plain arguments; the trainer and the command line translate for them.
-NEVER_SEE_CONFIG = {"planner", "loader", "sharding", "sharding_policy", "export", "merging", "checking"}
+NEVER_SEE_CONFIG = {"planning", "loader", "sharding", "sharding_policy", "export", "merging", "checking"}
 
 # What the package's own `__init__` defines rather than forwards.
 NAMES_OF_INIT = {"__version__"}
@@ -75,12 +39,13 @@ NAMES_OF_INIT = {"__version__"}
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 
 
-def find_imports(source: str, location: tuple[str, ...]) -> Iterator[str]:
+def find_imports(source: str, location: tuple[str, ...], top_package: str = PACKAGE.name) -> Iterator[str]:
     """Yield what a file imports from the package: the first name below it, or `"__init__"` for the package itself.
 
     Args:
         source (`str`): The text of the file.
         location (`tuple[str, ...]`): The packages it lies in, from the top one on: `("hf_qlora_fsdp", "compat")`.
+        top_package (`str`): The package; a room of it, to see what the room imports from itself.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -92,7 +57,7 @@ def find_imports(source: str, location: tuple[str, ...]) -> Iterator[str]:
         else:
             continue
         for top, *rest in targets:
-            if top == PACKAGE.name and not NAMES_OF_INIT.intersection(rest[:1]):
+            if top == top_package and not NAMES_OF_INIT.intersection(rest[:1]):
                 yield rest[0] if rest else "__init__"
 
 
@@ -125,16 +90,37 @@ def test_imports_go_down(path: Path) -> None:
     assert find_faults(module, path.read_text(), parts[:-1]) == []
 
 
+def order_of(room: Path) -> list[str]:
+    """Return the modules of a room in an order in which they can be read; a circle among them is a `CycleError`."""
+    modules = {path.stem: path.read_text() for path in room.glob("*.py") if path.stem != "__init__"}
+    graph = {name: modules.keys() & find_imports(source, (room.name,), room.name) for name, source in modules.items()}
+    return list(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize(
+    "room", sorted(path.parent for path in PACKAGE.glob("*/__init__.py")), ids=lambda path: path.name
+)
+def test_no_room_goes_in_circles(room: Path) -> None:
+    assert len(order_of(room)) == len([*room.glob("*.py")]) - 1
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    (tmp_path / "egg.py").write_text("from .hen import lay")
+    (tmp_path / "hen.py").write_text("def lay():\n    from . import egg")
+    with pytest.raises(CycleError):
+        order_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("module", "source", "fault"),
     [
         ("units", "from .cli import main", "not lower"),
-        ("planner", "from hf_qlora_fsdp.config import QLoRAFSDPConfig", "plain arguments"),
-        ("planner", "import hf_qlora_fsdp.loader", "not lower"),
-        ("planner", "from hf_qlora_fsdp import loader", "not lower"),
-        ("planner", "from . import units, loader", "not lower"),
-        ("planner", "def plan():\n    from .loader import load", "not lower"),
-        ("planner", "if TYPE_CHECKING:\n    from .loader import load", "not lower"),
+        ("planning", "from hf_qlora_fsdp.config import QLoRAFSDPConfig", "plain arguments"),
+        ("planning", "import hf_qlora_fsdp.loader", "not lower"),
+        ("planning", "from hf_qlora_fsdp import loader", "not lower"),
+        ("planning", "from . import units, loader", "not lower"),
+        ("planning", "def plan():\n    from .loader import load", "not lower"),
+        ("planning", "if TYPE_CHECKING:\n    from .loader import load", "not lower"),
         ("loader", "from .config import QLoRAFSDPConfig", "plain arguments"),
         ("export", "from . import config", "plain arguments"),
         ("demo", "from hf_qlora_fsdp import QLoRAFSDPTrainer", "no module of LAYERS"),
@@ -159,7 +145,7 @@ def test_a_forbidden_import_is_found_inside_a_folder() -> None:
     ("module", "source"),
     [
         ("trainer", "from .config import QLoRAFSDPConfig"),
-        ("planner", "from .units import format_bytes"),
+        ("planning", "from .units import format_bytes"),
         ("cli", "from hf_qlora_fsdp import __version__"),
         ("loader", "import torch\nfrom torch.distributed import config"),
     ],

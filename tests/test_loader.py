@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from hf_qlora_fsdp import loader, weights
+from hf_qlora_fsdp import loader
 from hf_qlora_fsdp.loader import load_quantized_model
+from hf_qlora_fsdp.loading import weights
 from hf_qlora_fsdp.packing import repack
 from hf_qlora_fsdp.sharding import base_model, check_sharded
 from hf_qlora_fsdp.sharding_policy import ShardingPolicy

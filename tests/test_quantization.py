@@ -16,12 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_qlora_fsdp.checking import check_adapter
-from hf_qlora_fsdp.merging import merge_adapter
+from hf_qlora_fsdp.merging.merger import merge_adapter
 from hf_qlora_fsdp.quantization import QUANTIZATION_FILE, settle, write_quantization
 from tests import training
 from tests.distributed import RankPool
+from tests.merging.test_merging import make_adapter
 from tests.test_export import LOGIT_BOUND, logits_of
-from tests.test_merging import make_adapter
 from tests.tiny import make_checkpoint
 
 UNUSUAL: dict[str, Any] = {

@@ -21,10 +21,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from hf_qlora_fsdp.adapters import initialize_adapter, inject_adapter
 from hf_qlora_fsdp.anatomy import plan_units
 from hf_qlora_fsdp.errors import ShardingError
 from hf_qlora_fsdp.loader import load_quantized_model
+from hf_qlora_fsdp.loading.adapters import initialize_adapter, inject_adapter
 from hf_qlora_fsdp.packing import PackedLinear4bit, dequantize
 from hf_qlora_fsdp.sharding import (
     base_model,

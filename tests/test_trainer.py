@@ -48,7 +48,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def train_ours(rank: int, folder: str, specs: dict[str, dict[str, Any]]) -> dict[str, training.Run]:
     """Train once a spec: `rows` and `peft` of a spec say what, the rest are arguments."""
-    from hf_qlora_fsdp.fusion import FusedLora
+    from hf_qlora_fsdp.speed.fusion import FusedLora
 
     runs = {}
     for name, spec in specs.items():

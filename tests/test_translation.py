@@ -6,13 +6,7 @@ import json
 
 import pytest
 
-from hf_qlora_fsdp.translation import (
-    parse_bool,
-    parse_names,
-    refuse_unsupported,
-    translate_environment,
-    translate_fsdp,
-)
+from hf_qlora_fsdp.translation import parse_bool, parse_names, refuse_unsupported, translate_environment, translate_fsdp
 
 ACCEPTABLE = {
     "torch_compile": False,

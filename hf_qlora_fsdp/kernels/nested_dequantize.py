@@ -7,7 +7,7 @@ a few blocks of codes together with their scales, straight from the packed buffe
     absmax = map8[absmax8] * nested_absmax + offset          one a block of weights
     weight = map4[code] * absmax, rounded to the dtype       two a byte, the high half first
 
-**Pieces.** Equal weights whose codes lie side by side, and their scales likewise (`expert_stacks.py`), are dequantised
+**Pieces.** Equal weights whose codes lie side by side, and their scales likewise (`experts/stacks.py`), are dequantised
 as one. Each has nested scales and an offset of its own, which a block finds by the number of its piece.
 
 **The same bits.** bitsandbytes rounds the first product to float32 before the offset is added, since that happens in

@@ -23,7 +23,7 @@ from tests.tiny import make_checkpoint
 
 # Module, attribute, and the parameters that we pass or override.
 SEAMS: list[tuple[str, str, list[str]]] = [
-    # trainer.py overrides this one, resuming.py the others.
+    # trainer.py overrides this one, resuming/resumable.py the others.
     ("transformers", "Trainer.create_accelerator_and_postprocess", ["self"]),
     ("transformers", "Trainer.train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
     ("transformers", "Trainer.training_step", ["self", "model", "inputs", "num_items_in_batch"]),
@@ -50,7 +50,7 @@ SEAMS: list[tuple[str, str, list[str]]] = [
     ("accelerate", "Accelerator._prepare_one", ["self", "obj", "first_pass"]),
     # The config is rebuilt from these.
     ("transformers", "TrainingArguments._setup_devices", []),
-    # recipes.py and anatomy.py read checkpoints as transformers does.
+    # loading/recipes.py and anatomy.py read checkpoints as transformers does.
     ("transformers.conversion_mapping", "get_model_conversion_mapping", ["model"]),
     ("transformers.core_model_loading", "rename_source_key", ["source_key", "weight_renamings", "weight_converters"]),
     ("transformers.core_model_loading", "WeightConverter.convert", ["layer_name", "model", "config"]),
@@ -58,7 +58,7 @@ SEAMS: list[tuple[str, str, list[str]]] = [
     ("transformers.core_model_loading", "WeightRenaming", []),
     ("transformers", "PreTrainedModel._get_dtype_plan", ["self", "dtype"]),
     ("transformers", "PreTrainedModel.tie_weights", ["self", "recompute_mapping"]),
-    # adapters.py and export.py.
+    # loading/adapters.py and export.py.
     ("peft", "get_peft_model_state_dict", ["model", "state_dict", "adapter_name", "save_embedding_layers"]),
     ("peft.tuners.lora", "LoraLayer.reset_lora_parameters", ["self", "adapter_name", "init_lora_weights"]),
     ("peft", "PeftModel.save_pretrained", ["save_directory", "selected_adapters", "save_embedding_layers"]),
@@ -147,7 +147,7 @@ def note_calls(rank: int, folder: str, out: str) -> dict[float, list[str]]:
 
 
 def test_gradients_are_looked_at_before_every_update(tmp_path: Path) -> None:
-    """`_get_grad_norm` is where resuming.py stops a step, with clipping and without; upstream promises it nowhere."""
+    """`_get_grad_norm` is where resumable.py stops a step, with clipping and without; upstream promises it nowhere."""
     calls = training.alone().run(note_calls, make_checkpoint(tmp_path / "model"), str(tmp_path))[0]
     assert calls == {1.0: ["loss", "loss", "norm", "update"] * 2, 0.0: ["loss", "loss", "norm", "update"] * 2}
 

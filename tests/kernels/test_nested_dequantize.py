@@ -20,8 +20,9 @@ import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
 
-from hf_qlora_fsdp import expert_stacks, packing
-from hf_qlora_fsdp.expert_stacks import (
+from hf_qlora_fsdp import packing
+from hf_qlora_fsdp.experts import stacks as expert_stacks
+from hf_qlora_fsdp.experts.stacks import (
     StackLayout,
     dequantize_pieces,
     dequantize_pieces_fused,

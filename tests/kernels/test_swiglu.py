@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_qlora_fsdp.fusion import FusedMLP, fuse_lora, unfuse_lora
 from hf_qlora_fsdp.kernels.silu_product import SiluOfHalves, silu_product, silu_product_gradients
 from hf_qlora_fsdp.packing import repack
+from hf_qlora_fsdp.speed.fusion import FusedMLP, fuse_lora, unfuse_lora
 from tests.kernels.test_lora_linear import DTYPES, differentiate, error_of
 from tests.test_packing import make_linear
 
@@ -193,11 +193,7 @@ def test_product_with_silu_and_its_gradients(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 7), (64, 28672), (2048, 1000)])
 def test_kernels_give_the_numbers_of_torch(dtype, shape):
-    from hf_qlora_fsdp.kernels.silu_product import (
-        _find_kernels,
-        silu_product_gradients_in_parts,
-        silu_product_in_parts,
-    )
+    from hf_qlora_fsdp.kernels.silu_product import _find_kernels, silu_product_gradients_in_parts, silu_product_in_parts
 
     assert _find_kernels(torch.device("cuda", 0)) is not None
     torch.manual_seed(0)

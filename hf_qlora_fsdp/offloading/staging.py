@@ -1,0 +1,107 @@
+"""Copying from memory that is not pinned, at the speed of memory that is.
+
+An accelerator copies by itself only from pinned memory; from any other, the driver copies into a small pinned buffer of
+its own first, on the thread that asks, one piece after the other. Here a thread does that ahead of time, into a ring of
+pinned slots that each hold a unit's shards: while one unit is on its way to the accelerator, the next ones are brought
+in, from memory, from swap, or from a file. A page that is on disk is waited for there, not in the training loop.
+
+    thread         region -> slot (pinned)      ahead, two units deep, on several cores
+    copy stream    slot -> accelerator          when FSDP gathers the unit; an event says when the slot is free again
+
+A unit is one call into PyTorch, which copies on several cores and needs Python's lock only to begin and to end: the
+training loop holds that lock nearly all the time.
+
+Which unit comes next is what came next the last time: units are gathered in the same order in every step, forwards and
+then backwards, so the last two units tell which one follows. A wrong guess costs time, never data.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from ..ranks import local_world_size
+from .host_memory import HostMemory, PinnedMemory, read_ahead
+
+NUM_SLOTS = 3  # one on its way, two being filled
+_MAX_CORES = 8  # more do not copy faster
+
+
+class StagedUnit(Protocol):
+    """What is gathered together: a region `[num_bytes]` of host memory."""
+
+    region: torch.Tensor
+
+
+class _Slot:
+    """Pinned room for one unit, and the copying into it and out of it."""
+
+    def __init__(self, room: torch.Tensor) -> None:
+        self.room = room
+        self.unit: StagedUnit | None = None
+        self.filled: Future[None] | None = None
+        self.copied_out: torch.cuda.Event | None = None
+
+    def fill(self, unit: StagedUnit, thread: ThreadPoolExecutor) -> None:
+        """Have a unit copied in, once what was here has left."""
+        self.unit = unit
+        self.filled = thread.submit(_copy, self.room[: unit.region.numel()], unit.region, self.copied_out)
+
+    def send(self, device: torch.device) -> torch.Tensor:
+        """Copy the unit on to the device, in stream order."""
+        assert self.unit is not None and self.filled is not None
+        self.filled.result()
+        content = self.room[: self.unit.region.numel()]
+        if device.type == "cpu":
+            return content.clone()
+        sent = content.to(device, non_blocking=True)
+        self.copied_out = self.copied_out or torch.cuda.Event()
+        self.copied_out.record()
+        return sent
+
+
+class StagingRing:
+    """A ring of pinned slots, filled ahead.
+
+    Args:
+        device (`torch.device`): Where the units are needed.
+        slot_bytes (`int`): Size of the largest region. `NUM_SLOTS` times as much is pinned.
+    """
+
+    def __init__(self, device: torch.device, slot_bytes: int) -> None:
+        self.device = device
+        memory = PinnedMemory() if device.type == "cuda" else HostMemory()
+        self._slots = [_Slot(memory.allocate(slot_bytes)) for _ in range(NUM_SLOTS)]
+        self._last: tuple[StagedUnit | None, StagedUnit | None] = (None, None)
+        self._followers: dict[tuple[StagedUnit | None, StagedUnit | None], StagedUnit] = {}
+        cores = len(os.sched_getaffinity(0)) // local_world_size()
+        # The number of threads is a setting of each thread, so that this one's changes nobody else's.
+        self._thread = ThreadPoolExecutor(1, "staging", torch.set_num_threads, (max(1, min(_MAX_CORES, cores - 1)),))
+        weakref.finalize(self, self._thread.shutdown, wait=False)
+
+    def fetch(self, unit: StagedUnit) -> torch.Tensor:
+        """Return a unit's region on the device, valid for what the current stream does from now on."""
+        self._followers[self._last] = unit
+        self._last = (self._last[1], unit)
+        wanted, pair = [unit], self._last
+        while len(wanted) < NUM_SLOTS and (follower := self._followers.get(pair)) is not None:
+            wanted.append(follower)
+            pair = (pair[1], follower)
+        for expected in wanted:
+            if not any(slot.unit is expected for slot in self._slots):
+                spare = next(slot for slot in self._slots if not any(slot.unit is other for other in wanted))
+                self._slots.remove(spare)
+                self._slots.append(spare)  # the one filled longest ago is in front
+                spare.fill(expected, self._thread)
+        return next(slot for slot in self._slots if slot.unit is unit).send(self.device)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, free: torch.cuda.Event | None) -> None:
+    read_ahead(source)
+    if free is not None:
+        free.synchronize()
+    target.copy_(source)

@@ -1,0 +1,11 @@
+"""Will it fit, with which settings, and how fast? Arithmetic alone: no weight is read and no device is touched.
+
+planner            the two questions, `estimate_memory` and `plan`
+weighing           every parameter of every unit, from `config.json`
+layer_trial        what a decoder layer takes while it computes
+memory_model       a card, moment by moment; memory_estimate: card, host and disk together
+time_model         what a step takes at least, on one of the cards of cards
+search             the fastest settings that fit, or what would have to change
+report, plot, files    a plan as a table, as bars, and as a script or YAML file
+auto, command      `auto_plan=True`, and `hf-qlora-fsdp plan`
+"""

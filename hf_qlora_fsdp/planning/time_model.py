@@ -1,0 +1,133 @@
+"""How long a step takes at least: what has to be computed, unpacked, gathered and copied, and what each allows.
+
+    compute       multiplications of forward, backward and what is computed twice, at the rate of large ones
+    dequantise    each 4-bit weight is read and its 16 bits are written, in each of these passes
+    gather        what a rank receives of the others' shards, once in the forward and once in the backward
+    host          what offloaded weights, and activations, cross the link to the host
+    launches      Python and the launching of kernels, which a fast card waits for where the work is small
+
+Gathering and copying run beside the computation, so a step takes the longest of the four, not their sum: at best. What
+a real run adds to it (norms and other passes over memory, waiting at the seams) is measured by `rehearse`.
+
+Source:
+    `speed/matmul_share.py` for the operations; QLoRA on FSDP needs no gradients of frozen weights, so 6 P a token with
+    everything computed twice, not 8 P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..speed.matmul_share import Multiplications, count_multiplications
+from .cards import Card
+from .memory_model import Settings
+from .weighing import ModelWeight
+
+EFFICIENCY = 0.8
+"""Of the peak, what large multiplications reach: 790 of 989 TFLOP/s in bfloat16, H100, cuBLAS
+(`speed/matmul_share.py`).
+"""
+LAUNCH_SECONDS = 0.015
+"""A layer, its forward twice and its backward. Measured: `llama-3-8b: step`, batch 2, fused, Liger; the card waits:
+0.55 s for 32 layers and what is around them."""
+STEP_SECONDS = 0.02
+"""The optimizer, clipping and logging."""
+
+
+@dataclass(frozen=True)
+class TimeBounds:
+    """What a step takes at least, in seconds, by what bounds it.
+
+    Args:
+        compute (`float`), dequantise (`float`), gather (`float`), host (`float`), launches (`float`): See above.
+        tokens (`int`): Of a step, on all ranks.
+    """
+
+    compute: float
+    dequantise: float
+    gather: float
+    host: float
+    launches: float
+    tokens: int
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute + self.dequantise, self.gather, self.host, self.launches) + STEP_SECONDS
+
+    @property
+    def bound(self) -> str:
+        """What the step waits for."""
+        times = {
+            "computing": self.compute + self.dequantise,
+            "gathering": self.gather,
+            "the link to the host": self.host,
+            "Python": self.launches,
+        }
+        return max(times, key=lambda name: times[name])
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def bound_time(weight: ModelWeight, settings: Settings, card: Card, link: float, host_link: float) -> TimeBounds:
+    """Bound the time of a step.
+
+    Args:
+        weight (`ModelWeight`): The model.
+        settings (`Settings`): The run.
+        card (`Card`): On which it runs.
+        link (`float`), host_link (`float`): Bytes a second between cards, and between a card and its host.
+    """
+    times = settings.gradient_accumulation_steps
+    ranks, tokens, layers = settings.num_ranks, settings.tokens, weight.layers
+    again = settings.recomputed(len(layers)) / max(len(layers), 1)
+    once, twice = (_count(weight).flops_per_token(settings.seq, checkpointing=flag) for flag in (False, True))
+    flops = tokens * (once + again * (twice - once))
+    itemsize = weight.param_dtype.itemsize
+    unpacked = weight.num_packed * (0.5 + itemsize) * (2 + again)
+
+    gathered = sum(unit.parts.gathered(ranks) for unit in layers)
+    received = 2 * gathered * (ranks - 1) / ranks
+    offloaded = settings.offloaded(weight)
+    regions = sum(unit.parts.frozen_matrices.region(ranks) for unit in weight.units if unit.unit.name in offloaded)
+    kept = tokens * weight.config.get_text_config().hidden_size * itemsize * len(layers)
+    # Activations go one way in the forward and the other in the backward; weights the same way in both.
+    host = 2 * regions + (kept if settings.activation_offloading else 0)
+    return TimeBounds(
+        compute=times * flops / (EFFICIENCY * card.flops),
+        dequantise=times * unpacked / card.memory_rate,
+        gather=times * received / link if ranks > 1 else 0.0,
+        host=times * host / host_link,
+        launches=times * LAUNCH_SECONDS * len(layers) * (2 + again) / 3,
+        tokens=times * tokens * ranks,
+    )
+
+
+class _Alone:
+    """A layer that is counted as if it were a model."""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        self.modules, self.config = layer.modules, config
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def _count(weight: ModelWeight) -> Multiplications:
+    """Count the matrices that a token passes, of all layers."""
+    if "multiplications" not in weight.trials:
+        config = weight.config
+        counts = {
+            layer.kind: count_multiplications(_Alone(weight.base.get_submodule(layer.kind), config))
+            for layer in weight.layers
+        }
+        head = weight.base.get_output_embeddings()
+        weight.trials["multiplications"] = Multiplications(
+            frozen=sum(counts[layer.kind].frozen for layer in weight.layers),
+            head=head.weight.numel() if head is not None else 0,
+            trained=sum(counts[layer.kind].trained for layer in weight.layers),
+            attention=next(iter(counts.values())).attention,
+        )
+    return weight.trials["multiplications"]

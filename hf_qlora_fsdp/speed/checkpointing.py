@@ -1,0 +1,320 @@
+"""Computing again only as many decoder layers as memory demands.
+
+With gradient checkpointing a layer keeps its input alone, and is computed a second time when its backward needs the
+rest. That costs a third of a step, and on a large card much of it is spent for nothing. `checkpoint_layers` says how
+many layers are computed twice: the first ones, since what the last ones keep is the first to be freed in the backward.
+
+**"auto"** finds the number by measuring. All layers are computed twice in the first step, whose peak shows what a step
+takes at least. In the second step the last layer keeps what it saves, and that is counted. What is left of the card,
+less a margin, divided by what a layer saves, is how many keep it from the third step on. Every rank takes the least
+that any rank found.
+
+**Running out of memory** is no end: later batches may be longer than the first ones. The step is undone (gradients
+dropped, shards put back, random numbers and metrics as they were), a quarter of the layers that kept their activations
+are computed twice from then on, and the step is done again on the same data. No bit of the result depends on any of
+this.
+
+Ranks can only go back together. If one ran out while another went on, the other waits for it in a collective, or has
+already been answered by the wrong one; each rank tells the others how many it took part in, and where these numbers
+differ, or a rank does not answer, the error is raised as it would have been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
+
+from ..anatomy import decoder_layers
+from ..host import free_memory_bytes
+from ..ranks import local_world_size, log_once, rank
+from ..units import format_bytes
+from .fsdp_state import forget_step
+
+MARGIN = 0.05
+"""Of the memory that may be used, what "auto" leaves free: for fragments, and for batches a little longer."""
+_FIRST_STEP, _SECOND_STEP = 1, 2
+
+
+@dataclass
+class _MicroBatch:
+    """What it takes to do a forward and backward again."""
+
+    inputs: dict[str, Any]
+    num_items: Any
+    synchronizes: bool
+    random_states: tuple[torch.Tensor, torch.Tensor | None]
+    metrics: dict[str, list[float]]
+    num_tokens: float
+
+
+class LayerCheckpointing(TrainerCallback):
+    """Decides which layers are computed twice, and does a step again that ran out of memory. Made by all ranks.
+
+    Args:
+        model (`nn.Module`): The sharded model.
+        base (`PreTrainedModel`): The transformers model inside.
+        wanted (`int` or `"auto"`): How many layers are computed twice.
+        device (`torch.device`): This rank's.
+        class_names (`list[str]`, *optional*): Classes of the decoder layers. Found from the model by default.
+    Raises:
+        ValueError: There are not so many, or they cannot be computed twice.
+    """
+
+    wait_seconds = 60.0
+    """How long a rank that ran out of memory waits for the others to say so, too."""
+
+    def __init__(
+        self, model: Any, base: Any, wanted: int | str, device: torch.device, class_names: list[str] | None = None
+    ) -> None:
+        self.model, self.device = model, device
+        self.layers: list[Any] = list(decoder_layers(base, class_names).values())
+        if not all(hasattr(layer, "gradient_checkpointing") for layer in self.layers):
+            raise ValueError(
+                f"checkpoint_layers={wanted!r}, but layers of {type(base).__name__} cannot be computed twice one by "
+                "one: they are no GradientCheckpointingLayer of transformers. Leave checkpoint_layers out."
+            )
+        if isinstance(wanted, int) and wanted > len(self.layers):
+            raise ValueError(
+                f"checkpoint_layers={wanted}, but the model has {len(self.layers)} decoder layers. Write a number up "
+                'to that, or "auto".'
+            )
+        self.is_auto = wanted == "auto"
+        self.num_recomputed = len(self.layers) if isinstance(wanted, str) else wanted
+        self.num_steps = 0
+        self.saved_bytes = 0
+        self.room_bytes = 0
+        self.micro_batches: list[_MicroBatch] = []
+        # A group of its own: what ranks say here must not be mixed up with collectives that failed.
+        self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+    # -- which layers ------------------------------------------------------------------------------------------------
+
+    def apply(self) -> None:
+        """Set which layers are computed twice; transformers sets all of them when training begins."""
+        for index, layer in enumerate(self.layers):
+            if layer.gradient_checkpointing != (index < self.num_recomputed):
+                layer.gradient_checkpointing = index < self.num_recomputed
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.num_steps += 1
+        self.micro_batches.clear()
+        if self.is_auto and self.num_steps == _FIRST_STEP and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading has left would count
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if self.is_auto and self.num_steps == _SECOND_STEP:
+            self.num_recomputed = len(self.layers) - 1
+        self.apply()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.micro_batches.clear()
+        if not self.is_auto:
+            return
+        if self.num_steps == _FIRST_STEP:
+            self.room_bytes = find_room(self.device)
+        elif self.num_steps == _SECOND_STEP and self.num_recomputed < len(self.layers):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Agree on how many layers may keep what they save."""
+        figures = torch.tensor([-self.room_bytes, self.saved_bytes], dtype=torch.int64)
+        if self.group is not None:
+            dist.all_reduce(figures, dist.ReduceOp.MAX, group=self.group)
+        room_bytes, saved_bytes = -int(figures[0]), int(figures[1])
+        self.num_recomputed = len(self.layers) - count_kept(len(self.layers), room_bytes, saved_bytes)
+        log_once(
+            'checkpoint_layers="auto": %d of %d decoder layers are computed twice. Each of the others keeps %s, for '
+            "which the first step left %s.",
+            self.num_recomputed,
+            len(self.layers),
+            format_bytes(saved_bytes),
+            format_bytes(max(room_bytes, 0)),
+        )
+
+    # -- a step, and once more ---------------------------------------------------------------------------------------
+
+    def run(
+        self, trainer: Any, compute: Callable[..., torch.Tensor], inputs: dict[str, Any], num_items: Any
+    ) -> torch.Tensor:
+        """Do forward and backward of a micro-batch; if memory runs out, undo the step so far and do it again.
+
+        Args:
+            trainer (`SFTTrainer`): Whose metrics are put back.
+            compute (`Callable`): Its `training_step`, given the model, a dict of inputs and the number of items.
+            inputs (`dict`): The micro-batch.
+            num_items (`torch.Tensor` or `int`, *optional*): Tokens of the step.
+        Returns:
+            `torch.Tensor`: The loss.
+        Raises:
+            torch.OutOfMemoryError: Nothing is left to give up, or the ranks cannot go back together.
+        """
+        on_gpu = self.device.type == "cuda"
+        states = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None
+        metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
+        synchronizes = trainer.accelerator.sync_gradients
+        this = _MicroBatch(inputs, num_items, synchronizes, states, metrics, trainer._total_train_tokens)
+        self.micro_batches.append(this)
+        pending = [this]
+        while True:
+            loss: torch.Tensor | None = None
+            said: str | None = None
+            try:
+                for batch in pending:
+                    if len(pending) > 1:
+                        self.model.set_requires_gradient_sync(batch.synchronizes)
+                    with self._counting():
+                        loss = compute(self.model, dict(batch.inputs), batch.num_items)
+            except torch.OutOfMemoryError as error:
+                said = str(error).partition("\n")[0][:200]
+                traceback.clear_frames(error.__traceback__)  # they hold what is to be freed
+            if not self._somebody_ran_out(said):
+                assert loss is not None
+                return loss
+            del loss
+            self._give_way(said)
+            pending = self.micro_batches
+            self._put_back(trainer, pending[0])
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count what the last layer saves, in the step that is there for it."""
+        if not (self.is_auto and self.num_steps == _SECOND_STEP and self.num_recomputed < len(self.layers)):
+            yield
+            return
+        with count_saved_bytes(self.layers[-1]) as storages:
+            yield
+        self.saved_bytes = max(self.saved_bytes, sum(storages.values()))
+
+    def _somebody_ran_out(self, said: str | None) -> bool:
+        """Return whether any rank ran out of memory, and see that all can go back from where they are."""
+        if self.group is None:
+            return said is not None
+        number = dist.group.WORLD._get_backend(self.device)._get_sequence_number_for_group()  # type: ignore[union-attr]
+        figures = torch.tensor([said is not None, number, -number], dtype=torch.int64)
+        work = dist.all_reduce(figures, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        try:
+            if said is None:
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=self.wait_seconds))
+        except RuntimeError as error:
+            if said is None:
+                raise
+            raise self._final_error(f"{said} (rank {rank()}; the other ranks went on without it)") from error
+        if not figures[0]:
+            return False
+        if figures[1] != -figures[2]:
+            raise self._final_error(f"{said or 'Another rank ran out of memory'} (ranks are at different places)")
+        return True
+
+    def _give_way(self, said: str | None) -> None:
+        """Free what the step took, and let more layers be computed twice."""
+        num_kept = len(self.layers) - self.num_recomputed
+        forget_step(self.model)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not num_kept:
+            raise self._final_error(said or "Another rank ran out of memory")
+        self.num_recomputed = len(self.layers) - num_kept * 3 // 4
+        self.apply()
+        log_once(
+            "Out of memory with %d of %d decoder layers computed twice: from now on it is %d, and the step is done "
+            "again. %s",
+            len(self.layers) - num_kept,
+            len(self.layers),
+            self.num_recomputed,
+            said or "",
+        )
+
+    def _put_back(self, trainer: Any, batch: _MicroBatch) -> None:
+        """Put random numbers and metrics back to where they were before the step."""
+        random_state, device_state = batch.random_states
+        torch.set_rng_state(random_state)
+        if device_state is not None:
+            torch.cuda.set_rng_state(device_state, self.device)
+        trainer._metrics["train"].clear()
+        trainer._metrics["train"].update({name: list(values) for name, values in batch.metrics.items()})
+        trainer._total_train_tokens = batch.num_tokens
+
+    def _final_error(self, said: str) -> torch.OutOfMemoryError:
+        return torch.OutOfMemoryError(
+            f"{said}. {self.num_recomputed} of {len(self.layers)} decoder layers were computed twice. Leave "
+            "checkpoint_layers out, which computes all of them twice, lower per_device_train_batch_size or "
+            "max_length, or write activation_offloading=True."
+        )
+
+
+def count_kept(num_layers: int, room_bytes: int, saved_bytes: int) -> int:
+    """Return how many layers may keep what they save.
+
+    Args:
+        num_layers (`int`): How many there are.
+        room_bytes (`int`): What is free at the peak of a step in which no layer does; negative if nothing is.
+        saved_bytes (`int`): What one layer saves.
+    """
+    return max(0, min(num_layers, room_bytes // max(saved_bytes, 1)))
+
+
+def find_room(device: torch.device) -> int:
+    """Return how many bytes stayed free while a step was at its peak, less the margin.
+
+    On a card: of what this process may use (`torch.cuda.set_per_process_memory_fraction`) and other programs leave it.
+    On a host: of what is free now, each rank its share.
+    """
+    if device.type != "cuda":
+        return int(free_memory_bytes(with_swap=False) * (1 - MARGIN)) // local_world_size()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    fraction = torch.cuda.memory.get_per_process_memory_fraction(device)
+    allowed_bytes = min(int(fraction * total_bytes), free_bytes + torch.cuda.memory_reserved(device))
+    return int(allowed_bytes * (1 - MARGIN)) - torch.cuda.max_memory_reserved(device)
+
+
+@contextlib.contextmanager
+def count_saved_bytes(layer: nn.Module) -> Iterator[dict[int, int]]:
+    """Count what autograd saves in the forward of a layer: less its weights, its inputs, and what all layers share.
+
+    Returns:
+        `dict[int, int]`: The bytes of each block of memory, by its address.
+    """
+    storages: dict[int, int] = {}
+    known: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    saving = saved_tensors_hooks(pack, lambda tensor: tensor)
+    entered = []
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known.update(tensor.untyped_storage().data_ptr() for tensor in [*tensors, *module.parameters()])
+        saving.__enter__()
+        entered.append(True)
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        entered.pop()
+        saving.__exit__(None, None, None)
+
+    handles = [layer.register_forward_pre_hook(begin, with_kwargs=True), layer.register_forward_hook(end)]
+    try:
+        yield storages
+    finally:
+        for handle in handles:
+            handle.remove()
+        if entered:  # the forward was left by an exception
+            saving.__exit__(None, None, None)

@@ -1,0 +1,191 @@
+"""Attention over packed sequences, each by itself, without a mask.
+
+Packing lays short sequences end to end in one row, and none must see another. With SDPA, transformers says so by a mask
+of S x S, which rules out the fast kernels: at 8,192 tokens most of what is computed is thrown away. But the lengths are
+known (TRL's collator passes `cu_seq_lens_q`, the first token of each sequence), so attention can be told where
+sequences end instead:
+
+* **varlen**: the flash-attention kernel that comes with torch takes the lengths. It is tried on the device first, its
+  output and gradients against SDPA's, and used if they agree.
+* **one at a time**: elsewhere each sequence goes through SDPA alone. That is exact, and on a CPU faster than the mask.
+
+It is an attention function of transformers' own registry, `"sdpa_packed"`, and SDPA wherever a batch is not packed. The
+flash-attention package knows the lengths as well; a model that uses it is left alone. Models whose attention has more
+to it (windows, soft caps, sinks) keep the mask, with a line that says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ..ranks import log_once
+
+NAME = "sdpa_packed"
+_MOST_APART = 2**-6
+"""Of bfloat16 results of two kernels, relative to their norm: four roundings of 2^-8."""
+
+
+class _Batch:
+    """What is known of the batch that runs: whether the lengths of its sequences came along."""
+
+    has_lengths = False
+
+
+def use_packed_attention(model: PreTrainedModel) -> bool:
+    """Let a model attend to packed sequences one by one.
+
+    Args:
+        model (`PreTrainedModel`): The transformers model, sharded or not.
+    Returns:
+        `bool`: Whether it does so now. Why not is said, unless it has a kernel for it already.
+    """
+    chosen = model.config._attn_implementation
+    if chosen == NAME:
+        return True
+    if chosen.startswith("flash_attention") or "/" in chosen:  # a kernel from the Hub
+        return False
+    obstacle = _find_obstacle(model, chosen)
+    if obstacle:
+        log_once("Packed sequences are kept apart by a mask of S x S, which is slow: %s.", obstacle)
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, _make_mask)
+    model.set_attn_implementation(NAME)
+    backbone = getattr(model, model.base_model_prefix, model)
+    backbone.register_forward_pre_hook(_take_note, with_kwargs=True)
+    return True
+
+
+def _find_obstacle(model: PreTrainedModel, chosen: str) -> str | None:
+    config = model.config.get_text_config()
+    if chosen != "sdpa":
+        return f'attn_implementation={chosen!r} was asked for; "sdpa" and "flash_attention_2" do without'
+    if any("sliding" in kind or "chunked" in kind for kind in getattr(config, "layer_types", None) or ()) or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    ):
+        return "the model's attention has a window"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the model's attention has a soft cap"
+    if any("sinks" in dict(module._parameters) for module in model.modules()):
+        return "the model's attention has sinks"
+    return None
+
+
+def _take_note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    _Batch.has_lengths = kwargs.get("cu_seq_lens_q") is not None and kwargs.get("attention_mask") is None
+
+
+def _make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Return no mask for a packed batch, whose lengths say it all, and SDPA's for every other."""
+    return None if _Batch.has_lengths else sdpa_mask(*args, **kwargs)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return what causal attention puts out, each sequence by itself.
+
+    Args:
+        module (`nn.Module`): The attention layer.
+        query (`torch.Tensor`): `[1, heads, S, D]`, or `[B, heads, S, D]` of a batch that is not packed.
+        key, value (`torch.Tensor`): The same, with as many heads or fewer.
+        attention_mask (`torch.Tensor`, *optional*): Of a batch that is not packed.
+        dropout (`float`): Probability to drop a weight.
+        scaling (`float`, *optional*): What scores are multiplied by; 1 / sqrt(D) by default.
+        cu_seq_lens_q (`torch.Tensor`, *optional*): First token of each sequence, and S (int32).
+        max_length_q (`int`, *optional*): The longest sequence.
+    Returns:
+        `torch.Tensor`: `[B, S, heads, D]`. And no weights.
+    """
+    if attention_mask is not None or cu_seq_lens_q is None:
+        assert attention_mask is not None or not _Batch.has_lengths, "the layer was not given the lengths"
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert query.shape[0] == 1, "packed sequences lie in one row"
+    if query.is_cuda and can_use_varlen(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]):
+        return _attend_varlen(query, key, value, cu_seq_lens_q, int(max_length_q or 0), dropout, scaling)[None], None
+    return _attend_in_turn(query, key, value, cu_seq_lens_q, dropout, scaling)[None], None
+
+
+def _attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Return `[S, heads, D]` by the flash-attention kernel of torch."""
+    longest = longest or int(starts.diff().max())
+    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return torch.ops.aten._flash_attention_forward(
+        *rows, starts, starts, longest, longest, dropout, True, False, scale=scaling
+    )[0]
+
+
+def _attend_in_turn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Return `[S, heads, D]` by SDPA, sequence after sequence."""
+    pieces = []
+    for start, stop in itertools.pairwise(starts.tolist()):
+        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        pieces.append(
+            nn.functional.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(pieces)
+
+
+@functools.cache
+def can_use_varlen(device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Return whether the kernel runs on this device and agrees with SDPA, output and gradients; it is tried here."""
+    try:
+        generator = torch.Generator(device).manual_seed(0)
+        query, key, value, grad = (
+            torch.randn(1, heads, 24, head_dim, device=device, dtype=dtype, generator=generator)
+            for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+        )
+        starts = torch.tensor([0, 7, 8, 24], dtype=torch.int32, device=device)
+        results = []
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            for is_varlen in (True, False):
+                q, k, v = inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+                if is_varlen:
+                    out = _attend_varlen(q, k, v, starts, 16, 0.0, None)
+                else:
+                    out = _attend_in_turn(q, k, v, starts, 0.0, None)
+                results.append([out, *torch.autograd.grad(out, inputs, grad[0].transpose(0, 1))])
+        apart = max(float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True))
+        if apart <= _MOST_APART:
+            return True
+        problem = f"its results are {apart:.2g} off"
+    except Exception as error:  # a dtype, a head size or a device that it does not know
+        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    log_once("Packed sequences attend one at a time instead of in one kernel. %s", problem)
+    return False

@@ -1,0 +1,459 @@
+"""The planner: what it adds up is what there is, and what it advises holds.
+
+What follows from shapes alone (shards, adapter, gradients, optimizer, what a layer saves) is held against real tiny
+models, byte for byte. What only cards can show is held against the rows of `benchmarks/results.csv` that real cards
+wrote (`test_cards_took_what_was_planned`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
+
+from hf_qlora_fsdp import cli
+from hf_qlora_fsdp.experts.layers import Experts4bit
+from hf_qlora_fsdp.loader import load_quantized_model
+from hf_qlora_fsdp.packing import PackedLinear4bit
+from hf_qlora_fsdp.planning.cards import CARDS, find_card, find_link
+from hf_qlora_fsdp.planning.layer_trial import ALLOCATION_BYTES, _catch_arguments, _ready_to_run, try_layer
+from hf_qlora_fsdp.planning.memory_estimate import estimate
+from hf_qlora_fsdp.planning.memory_model import Settings, find_peaks, resident
+from hf_qlora_fsdp.planning.planner import estimate_memory, find_batches, plan
+from hf_qlora_fsdp.planning.weighing import ModelWeight, weigh_model
+from hf_qlora_fsdp.sharding_policy import ShardingPolicy
+from hf_qlora_fsdp.speed.checkpointing import count_saved_bytes
+from tests.distributed import RankPool
+from tests.tiny import VOCAB_SIZE, make_checkpoint, tiny_dataset
+from tests.training import ours
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "vocab_size": VOCAB_SIZE}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+LLAMA_70B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672}
+LLAMA_70B |= {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+LLAMA_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+LLAMA_8B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+def config_of(values: dict[str, Any]) -> Any:
+    return AutoConfig.for_model(**values)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, ModelWeight]:
+    """The large models, weighed once."""
+    return {name: weigh_model(config_of(values)) for name, values in {"70b": LLAMA_70B, "8b": LLAMA_8B}.items()}
+
+
+# ---- What follows from shapes is exact -------------------------------------------------------------------------------
+
+
+def train_and_weigh(rank: int, file: str, lora_r: int, offload: bool) -> dict[str, int]:
+    """Load a model of random weights, take a step, and weigh what this rank holds."""
+    policy = ShardingPolicy(cpu_offload=offload, cpu_offload_layers=2 if offload else None)
+    lora = LoraConfig(r=lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = load_quantized_model(file, random_weights=True, peft_config=lora, policy=policy, progress=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    ids = torch.arange(24).view(1, -1)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    sizes: Counter[str] = Counter()
+    offloaded: Counter[str] = Counter()
+    packed = {}
+    for module in model.modules():
+        if isinstance(module, PackedLinear4bit):
+            packed[module.weight] = module.layout.codes_bytes / module.layout.num_bytes
+        elif isinstance(module, Experts4bit):
+            for name, stack in module.layouts.items():
+                packed[getattr(module, name)] = stack.num_pieces * stack.piece.codes_bytes / stack.num_bytes
+    for parameter in model.parameters():
+        local: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        kind = "LoRA" if parameter.requires_grad else "packed" if parameter in packed else "plain"
+        (offloaded if type(local).__name__ == "HostTensor" else sizes)[kind] += local.nbytes
+        if parameter.grad is not None:
+            sizes["gradients"] += parameter.grad.to_local().nbytes
+    moments = (state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    sizes["optimizer"] = sum(moment.to_local().nbytes for moment in moments)
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.1"))
+    layer.unshard()
+    sizes["gathered"] = sum(parameter.untyped_storage().nbytes() for parameter in layer.parameters())
+    return dict(sizes) | {f"offloaded {kind}": size for kind, size in offloaded.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "lora_r", "offload"), [("llama", 5, True), ("qwen3", 8, False), ("mixtral", 4, False)]
+)
+def test_shards_adapter_gradients_and_optimizer_are_exact(family, lora_r, offload, tmp_path, ranks: RankPool):
+    """Shares of two ranks, of weights whose rows do not divide evenly (r=5)."""
+    values = SIZES | TINY[family]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    real, _ = ranks.run(train_and_weigh, str(tmp_path / "config.json"), lora_r, offload)
+    weight = weigh_model(str(tmp_path), lora_r=lora_r)
+    layers = 2 if offload else None
+    settings = Settings(num_ranks=2, ranks_per_host=2, cpu_offload=offload, cpu_offload_layers=layers)
+    held = resident(weight, settings)
+    assert held["4-bit codes"] + held["scales"] == real["packed"]
+    assert held["embedding, head and norms"] == real["plain"]
+    assert held["LoRA"] == real["LoRA"]
+    assert held["optimizer"] == real["optimizer"]
+    assert find_peaks(weight, settings)["steady"].sizes["LoRA"] == real["LoRA"]
+    assert sum(4 * unit.parts.trained_numel(2) // 2 for unit in weight.units) == real["gradients"]
+    assert weight.layers[1].parts.gathered(2) == real["gathered"]
+    if offload:
+        away = [unit for unit in weight.layers if unit.unit.name in settings.offloaded(weight)]
+        assert sum(unit.parts.frozen_matrices.shards(2).total() for unit in away) == real["offloaded packed"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
+    """The layer is run for real on the CPU, with weights that are whatever was in memory: sizes do not care."""
+    values = SIZES | TINY[family] | {"num_key_value_heads": 4}  # which CPUs have flash attention for
+    weight = weigh_model(config_of(values), lora_r=8)
+    kind = weight.layers[0].kind
+    planned = try_layer(weight, kind, batch=2, seq=64, gradient_checkpointing=False, fuse=fuse).kept
+    real = weigh_model(config_of(values), lora_r=8)
+    with _ready_to_run(real, False, fuse):
+        layer = real.base.get_submodule(kind)
+        named = _catch_arguments(real.base, layer, 2, 64)
+        named["position_embeddings"] = tuple(torch.ones(1, 64, 32, dtype=torch.bfloat16) for _ in range(2))
+        named["position_ids"] = torch.arange(64)[None]
+        layer.to_empty(device="cpu")
+        for parameter in layer.parameters():
+            parameter.data.view(torch.uint8).zero_()
+        x = torch.randn(2, 64, 128, dtype=torch.bfloat16, requires_grad=True)
+        with count_saved_bytes(layer) as storages:
+            y = layer(x, **named)
+        y = y[0] if isinstance(y, tuple) else y
+    assert y.shape == x.shape
+    saved = sum(-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in storages.values())
+    # The order of rows and its inverse, two a token, which functions of experts keep without autograd's knowing.
+    orders = 2 * torch.int64.itemsize * (2 * 2 * 64) if family == "mixtral" else 0
+    assert planned == saved + orders
+
+
+# ---- More takes more -------------------------------------------------------------------------------------------------
+
+START = Settings(num_ranks=2, ranks_per_host=2, seq=1024, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "sign"),
+    [
+        ([{"seq": 512}, {"seq": 1024}, {"seq": 4096}], "card", +1),
+        ([{"batch": 1}, {"batch": 2}, {"batch": 8}], "card", +1),
+        ([{"num_ranks": ranks, "ranks_per_host": ranks} for ranks in (2, 3, 4, 8)], "card", -1),
+        ([{"num_ranks": ranks, "ranks_per_host": ranks} for ranks in (2, 4, 8)], "host", +1),
+        ([{"checkpoint_layers": count} for count in (0, 10, 31, None)], "card", -1),
+        ([{"cpu_offload": True, "cpu_offload_layers": count} for count in (1, 8, 32)], "card", -1),
+        ([{"cpu_offload": True, "cpu_offload_layers": count} for count in (1, 8, 32, None)], "host", +1),
+        ([{"activation_offloading": False}, {"activation_offloading": True}], "card", -1),
+        ([{"cpu_offload": True}, {"cpu_offload": True, "cpu_offload_pin_memory": False}], "host", +1),
+        ([{"use_liger_kernel": False}, {"use_liger_kernel": True}], "card", -1),
+        ([{"fuse_lora": True}, {"fuse_lora": False, "batch": 8}], "card", +1),
+    ],
+)
+def test_more_takes_more(changes, place, sign, weights):
+    taken = [estimate(weights["8b"], replace(START, **change)) for change in changes]
+    sizes = [one.card_bytes if place == "card" else one.host_bytes for one in taken]
+    assert all(sign * (after - before) > 0 for before, after in itertools.pairwise(sizes)), sizes
+
+
+def test_higher_ranks_and_more_targets_take_more():
+    def card_bytes(**adapter: Any) -> int:
+        return estimate_memory(config_of(SIZES | TINY["llama"]), num_gpus=2, seq=64, **adapter).card_bytes
+
+    attention = ["q_proj", "v_proj"]
+    assert card_bytes(lora_r=8, target_modules=attention) < card_bytes(lora_r=8) < card_bytes(lora_r=64)
+
+
+# ---- What others have published --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("published_bytes", "num_gpus", "adapter", "settings"),
+    [
+        # Answer.AI, 70B on two cards of 24 GB, weights offloaded, r=64 (fsdp_qlora, benchmarks_03_2024.md)
+        (14.92 * GIB, 2, {"lora_r": 64}, {"seq": 2048, "batch": 2, "cpu_offload": True}),
+        # The same by the HF stack, r=8 (peft docs, accelerate/fsdp.md), offloaded and not
+        (19.6e9, 2, {"lora_r": 8}, {"seq": 2048, "batch": 2, "cpu_offload": True}),
+        (35.6e9, 2, {"lora_r": 8}, {"seq": 2048, "batch": 2}),
+        # fms-acceleration on two A100, attention only, r=16 (scripts/benchmarks/refs/a100_80gb.csv)
+        (
+            46.4e9,
+            2,
+            {"lora_r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+            {"seq": 4096, "batch": 2},
+        ),
+    ],
+)
+def test_no_published_run_is_claimed_to_take_more(published_bytes, num_gpus, adapter, settings):
+    """Other software replicates scales and makes all logits, so this one takes less, but not wonders less."""
+    taken = estimate_memory(config_of(LLAMA_70B), num_gpus=num_gpus, **adapter, **settings).allocated_bytes
+    assert 0.4 * published_bytes < taken <= published_bytes
+
+
+# ---- The search ------------------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_that_fits_is_chosen():
+    found = plan(config_of(LLAMA_70B), num_gpus=2, card="4090", host_memory=64 * GIB)
+    chosen = found.chosen
+    assert found.fits and 0 <= found.margin_bytes < found.machine.device_bytes
+    assert chosen.estimate.card_bytes <= found.machine.device_bytes
+    assert chosen.estimate.host_bytes <= 64 * GIB
+    fitting = [one for one in found.rejected if not one.obstacles]
+    assert fitting
+    assert all(one.time.tokens_per_second <= chosen.time.tokens_per_second / 0.99 for one in fitting)
+    assert all(one.reason for one in found.rejected)
+    for one in found.rejected:
+        too_large = one.estimate.card_bytes > found.machine.device_bytes or one.estimate.host_bytes > 64 * GIB
+        assert too_large == bool(one.obstacles) and one.reason.startswith("fits") != too_large
+    # As few layers go to the host as will do: with one less it does not fit.
+    layers = [one for one in [chosen, *fitting] if (one.settings.cpu_offload_layers or 1) > 1]
+    assert layers
+    for one in layers:
+        fewer = replace(one.settings, cpu_offload_layers=one.settings.cpu_offload_layers - 1)
+        assert estimate(found.weight, fewer, 8).card_bytes > found.machine.device_bytes
+
+
+def test_a_large_card_computes_nothing_twice():
+    found = plan(config_of(LLAMA_8B), num_gpus=2, card="H200", target_batch=4)
+    assert found.chosen.settings.recomputed(32) == 0
+    assert not found.chosen.settings.cpu_offload and not found.chosen.settings.activation_offloading
+
+
+def test_what_is_fixed_stays():
+    fixed = {"cpu_offload": True, "cpu_offload_layers": 5, "activation_offloading": False}
+    found = plan(config_of(LLAMA_8B), num_gpus=2, card="4090", batch=2, target_batch=8, fixed=fixed)
+    for one in [found.chosen, *found.rejected]:
+        assert {name: getattr(one.settings, name) for name in fixed} == fixed
+        assert (one.settings.batch, one.settings.gradient_accumulation_steps) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("machine", "helps"),
+    [
+        (
+            {"num_gpus": 2, "device_memory": 8 * GIB, "host_memory": 32 * GIB},
+            {"device_memory", "host_memory", "num_gpus"},
+        ),
+        ({"num_gpus": 1, "device_memory": 6 * GIB, "host_memory": 512 * GIB, "seq": 8192}, {"device_memory", "seq"}),
+    ],
+)
+def test_the_least_change_that_would_help_helps(machine, helps):
+    given = {"target_batch": machine["num_gpus"], "card": "4090"} | machine
+    found = plan(config_of(LLAMA_70B), **given)
+    assert not found.fits and found.chosen.obstacles
+    assert helps <= {change.option for change in found.changes}
+    assert [change.factor for change in found.changes] == sorted(change.factor for change in found.changes)
+    for change in found.changes:
+        changed = given | {change.option: change.value}
+        if change.option == "num_gpus":
+            changed |= {"target_batch": change.value, "gpus_per_host": min(change.value, 8)}
+        assert plan(config_of(LLAMA_70B), **changed).fits, change
+    larger = next(change for change in found.changes if change.option == "device_memory")
+    assert not plan(config_of(LLAMA_70B), **(given | {"device_memory": int(0.95 * larger.value)})).fits
+
+
+def test_swap_serves_what_is_not_pinned():
+    given: dict[str, Any] = {"num_gpus": 2, "device_memory": 8 * GIB, "host_memory": 24 * GIB, "target_batch": 2}
+    found = plan(config_of(LLAMA_70B), **given, swap=64 * GIB)
+    assert found.fits and found.chosen.settings.cpu_offload and not found.chosen.settings.cpu_offload_pin_memory
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "batch", "target", "batches"),
+    [
+        (2, None, 12, [(1, 6), (2, 3), (3, 2), (6, 1)]),
+        (2, 3, 12, [(3, 2)]),
+        (2, 4, None, [(4, 1)]),
+        (32, None, None, [(1, 1)]),
+    ],
+)
+def test_batches_divide_a_step(num_gpus, batch, target, batches):
+    assert find_batches(num_gpus, batch, target) == batches
+
+
+def test_cards_and_links_are_found_by_any_name():
+    for name, known in {
+        "RTX 4090": "4090",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "rtx-a6000": "A6000",
+        "a10g": "A10G",
+    }.items():
+        assert find_card(name) is CARDS[known]
+    assert find_link("PCIe4x16") == find_link("25.2GB")
+
+
+# ---- A run that plans itself -----------------------------------------------------------------------------------------
+
+
+def plan_itself(rank: int, folder: str, out: str, changes: dict[str, Any], device_bytes: int | None = None) -> Any:
+    """Make a trainer, on a machine with so much memory for each rank, and take a step with it."""
+    from hf_qlora_fsdp.planning import auto as auto_planning
+
+    find_memory = auto_planning.find_memory
+    if device_bytes is not None:
+        auto_planning.find_memory = lambda on_gpu: (device_bytes, None)
+    try:
+        options = {
+            "folder": out,
+            "auto_plan": True,
+            "max_length": 32,
+            "max_steps": 1,
+            "gradient_checkpointing": True,
+        } | changes
+        trainer = ours(folder, tiny_dataset(32), options)
+    except ValueError as error:
+        return str(error)
+    finally:
+        auto_planning.find_memory = find_memory
+    result = trainer.train()
+    args = trainer.args
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "checkpoint_layers", "cpu_offload")
+    return {name: getattr(args, name) for name in names} | {"steps": result.global_step}
+
+
+def test_a_run_plans_itself_and_leaves_what_was_said(folder, tmp_path, ranks: RankPool):
+    """Eight sequences a rank and a step, however they are divided; a batch that was chosen stays."""
+    free = ranks.run(
+        plan_itself, folder, str(tmp_path), {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    )
+    assert free[0] == free[1]
+    assert free[0]["per_device_train_batch_size"] * free[0]["gradient_accumulation_steps"] == 8
+    assert (free[0]["checkpoint_layers"], free[0]["cpu_offload"], free[0]["steps"]) == (0, False, 1)
+    said = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "checkpoint_layers": 1}
+    assert ranks.run(plan_itself, folder, str(tmp_path), said)[0] == said | {"cpu_offload": False, "steps": 1}
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_loads(folder, tmp_path, ranks: RankPool):
+    for said in ranks.run(plan_itself, folder, str(tmp_path), {"per_device_train_batch_size": 8}, 100 << 20):
+        assert "auto_plan=True found no settings" in said and "What would help: cards of" in said
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+MACHINE = ["--gpus", "2", "--card", "4090"]
+
+
+def test_everything_that_fits_is_written(folder, tmp_path, capsys):
+    files = {name: str(tmp_path / name) for name in ("plan.json", "plan.png", "script.py", "config.yaml")}
+    words = ["plan", folder, *MACHINE, "--seq", "64", "--host-memory", "8GiB"]
+    assert (
+        cli.main([*words, "--json", files["plan.json"], "--plot", files["plan.png"], "--emit", files["script.py"]]) == 0
+    )
+    said = capsys.readouterr().out
+    figures = json.loads(Path(files["plan.json"]).read_text())
+    assert figures["fits"] and "It fits" in said
+    assert Path(files["plan.png"]).read_bytes().startswith(b"\x89PNG")
+    steady = figures["chosen"]["card"]["steady"]
+    assert sum(steady["causes"].values()) == steady["bytes"]
+    assert all(cause in said for cause in steady["causes"])
+    compile(Path(files["script.py"]).read_text(), "script.py", "exec")
+    assert cli.main([*words, "--emit", files["config.yaml"], "--dataset", "data.jsonl"]) == 0
+    written = yaml.safe_load(Path(files["config.yaml"]).read_text())
+    settings = figures["chosen"]["settings"]
+    assert written["per_device_train_batch_size"] == settings["batch"]
+    assert (written["max_length"], written["dataset_name"], written["use_peft"]) == (64, "data.jsonl", True)
+
+
+def test_what_does_not_fit_exits_with_1_and_writes_no_script(folder, tmp_path, capsys):
+    script = tmp_path / "script.py"
+    words = ["plan", folder, "--gpus", "2", "--device-memory", "100MiB", "--seq", "64"]
+    assert cli.main([*words, "--emit", str(script)]) == 1
+    assert "It does not fit" in capsys.readouterr().out
+    assert not script.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*MACHINE, "--device-memory", "24"], "--device-memory '24' is not a size"),
+        ([*MACHINE, "--host-memory=-1GiB"], "--host-memory '-1GiB' is not a size"),
+        (["--gpus", "0", "--card", "4090"], "num_gpus=0"),
+        (["--gpus", "2", "--card", "4091"], "'4091' is no card"),
+        (["--gpus", "2"], "--card or --device-memory"),
+        (["--card", "4090"], "--gpus"),
+        ([*MACHINE, "--seq", "1"], "seq=1"),
+        ([*MACHINE, "--batch", "0"], "batch=0"),
+        ([*MACHINE, "--batch", "3", "--target-batch", "16"], "A step of 16 sequences cannot be divided"),
+        ([*MACHINE, "--lora-r", "0"], "lora_r=0"),
+        ([*MACHINE, "--target-modules", "nothing_like_it"], "nothing_like_it"),
+        ([*MACHINE, "--target-modules", "lm_head"], "lm_head among its target_modules"),
+        ([*MACHINE, "--link", "string"], "'string' is no link"),
+        ([*MACHINE, "--gpus-per-host", "0"], "gpus_per_host=0"),
+        ([*MACHINE, "--emit", "plan.txt"], "neither a script nor YAML"),
+        ([*MACHINE, "--json", "no/such/folder.json"], "there is no folder for it"),
+        ([*MACHINE, "--dataset", "x"], "--emit"),
+    ],
+)
+def test_bad_options_are_refused_with_2(words, said, folder, capsys):
+    if not torch.cuda.is_available() or "--gpus" in words:
+        assert cli.main(["plan", folder, *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ({"model_type": "no_such_model"}, "no_such_model"),
+        ({}, "cannot be read"),
+        ({"model_type": "llama", "hidden_size": None}, "cannot be read"),
+        ({"model_type": "llama", "vocab_size": 512}, "does not say hidden_size, num_hidden_layers"),
+        ({"model_type": "llama", **SIZES, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    ],
+)
+def test_bad_configs_are_refused_with_2(content, said, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    assert cli.main(["plan", str(tmp_path), *MACHINE]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_model_on_the_hub_is_refused_with_2(capsys):
+    assert cli.main(["plan", "nobody/no-such-model", *MACHINE]) == 2
+    assert "'nobody/no-such-model' cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["script.py", "config.yaml"])
+def test_what_is_emitted_runs(name, folder, tmp_path):
+    tiny_dataset(16).to_json(tmp_path / "data.jsonl")
+    words = ["plan", folder, "--gpus", "1", "--card", "4090", "--seq", "64", "--target-batch", "8"]
+    words += ["--emit", str(tmp_path / name), "--dataset", str(tmp_path / "data.jsonl")]
+    assert cli.main(words) == 0
+    command = ["-m", "hf_qlora_fsdp.cli", "train", "--nproc", "1", "--config", name] if "yaml" in name else [name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True, timeout=300)
+    (adapter,) = tmp_path.glob("*-SFT/adapter_model.safetensors")
+    assert adapter.stat().st_size > 0
