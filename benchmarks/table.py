@@ -1,15 +1,18 @@
-"""Prints the README's table of results from `results.csv`: one row a run, the latest of each command.
+"""Prints the README's tables of results from `results.csv`: one row a run, the latest of each command.
 
-python benchmarks/table.py
+    python benchmarks/table.py            runs of train_llama.py
+    python benchmarks/table.py promises   runs that were held to a promise: offload.py and experts.py
 """
 
 from __future__ import annotations
 
 import csv
+import re
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results.csv"
-COLUMNS = {
+RUNS = {
     "load": "load s",
     "load peak allocated": "load peak GiB",
     "rate": "tokens/s/GPU",
@@ -17,29 +20,41 @@ COLUMNS = {
     "train used": "used GiB",
     "host memory of rank 0": "host GiB",
 }
+"""Figures of `train_llama.py`, and what they are called in the table."""
+PROMISES = {
+    "used": "used GiB a card",
+    "allocated": "in tensors",
+    "rate": "tokens/s/GPU",
+    "matmul share": "of the card's matmul rate, %",
+    "host": "host GiB, all ranks",
+}
+"""Figures of rows of `promises.py`."""
+TABLES = {
+    "": (RUNS, re.compile(r"train_llama\.py (.*)")),
+    "promises": (PROMISES, re.compile(r"(?:offload|experts)\.py --row (.*)")),
+}
 
 
-def read_runs(results: Path = RESULTS) -> dict[tuple[str, str], dict[str, str]]:
-    """Return the figures of each run, by hardware and arguments."""
+def read_runs(script: re.Pattern[str], results: Path = RESULTS) -> dict[tuple[str, str], dict[str, str]]:
+    """Return the figures of each run whose command matches, by hardware and what the pattern's group says of it."""
     runs: dict[tuple[str, str], dict[str, str]] = {}
     with results.open(newline="") as stream:
         for row in csv.DictReader(stream):
-            _, script, arguments = row["command"].partition("train_llama.py ")
-            if not script:  # offloading/offload.py prints a table of its own
-                continue
-            name = row["claim"].rpartition(": ")[2]
-            runs.setdefault((row["hardware"], arguments), {})[name] = row["value"]
+            if found := script.search(row["command"]):
+                name = row["claim"].rpartition(": ")[2]
+                runs.setdefault((row["hardware"], found[1]), {})[name] = row["value"]
     return runs
 
 
-def format_table(runs: dict[tuple[str, str], dict[str, str]]) -> str:
-    """Format runs as a Markdown table."""
-    lines = [f"| run | hardware | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
-    for (hardware, arguments), figures in runs.items():
-        values = " | ".join(f"{float(figures[name]):,.4g}" for name in COLUMNS)
+def format_table(which: str) -> str:
+    """Format one of the tables in Markdown. A figure that a run has not got is left out of its row."""
+    columns, script = TABLES[which]
+    lines = [f"| run | hardware | {' | '.join(columns.values())} |", "|---|---|" + "---|" * len(columns)]
+    for (hardware, arguments), figures in read_runs(script).items():
+        values = " | ".join(f"{float(figures[name]):,.4g}" if name in figures else "" for name in columns)
         lines.append(f"| `{arguments}` | {hardware} | {values} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(format_table(read_runs()))
+    print(format_table(" ".join(sys.argv[1:])))

@@ -59,10 +59,12 @@ def test_script_trains_and_its_adapter_loads(tmp_path):
     assert trained and all(value.abs().max() > 0 for value in trained)
 
 
-def test_table_of_results_is_the_generated_one():
-    from benchmarks.table import format_table, read_runs
+@pytest.mark.parametrize("which", ["", "promises"])
+def test_tables_of_results_are_the_generated_ones(which):
+    from benchmarks.table import format_table
 
-    assert f"<!-- python benchmarks/table.py -->\n{format_table(read_runs())}\n<!-- end of table -->" in README
+    command = f"python benchmarks/table.py {which}".strip()
+    assert f"<!-- {command} -->\n{format_table(which)}\n<!-- end of table -->" in README
 
 
 def test_table_of_options_is_complete():
