@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -14,9 +15,21 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from hf_qlora_fsdp import QLoRAFSDPConfig
+from hf_qlora_fsdp import QLoRAFSDPConfig, cli
 from tests.tiny import make_checkpoint, tiny_dataset
 
+LLAMA_2_70B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -57,6 +70,20 @@ def test_script_trains_and_its_adapter_loads(tmp_path):
     exec(loading, names)
     trained = [value for name, value in names["model"].named_parameters() if "lora_B" in name]
     assert trained and all(value.abs().max() > 0 for value in trained)
+
+
+def test_the_plan_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    """Line by line; what is left out is marked by dots. The folder stands in for the Hub's model of that name."""
+    (command,) = re.findall(r"^    hf-qlora-fsdp (plan \S+ .*)$", README, flags=re.MULTILINE)
+    model = tmp_path / command.split()[1]
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(LLAMA_2_70B))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command.split()) == 0
+    printed = iter(capsys.readouterr().out.splitlines())
+    (block,) = code_blocks("text")
+    for line in block.splitlines():
+        assert line.strip() == "..." or line in printed, line
 
 
 @pytest.mark.parametrize("which", ["", "promises"])
