@@ -1,7 +1,7 @@
 """Prints the README's tables of results from `results.csv`: one row a run, the latest of each command.
 
-    python benchmarks/table.py            runs of train_llama.py
-    python benchmarks/table.py promises   runs that were held to a promise: offload.py and experts.py
+python benchmarks/table.py            runs of train_llama.py
+python benchmarks/table.py promises   runs that were held to a promise: offload.py and experts.py
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ bytes, and the model trains on garbage without an error. So nobody is asked for 
 dtype: both follow from `param_dtype`, which follows from `bf16` / `fp16` or brings them along.
 
 **One engine.** Sharding is FSDP2, always. Options in the style of FSDP1, of Axolotl and of `accelerate launch` are
-read for what they mean there (`translation.py`). Afterwards our fields alone say how the run goes: `fsdp_config` is
-left nearly empty, and `fsdp_plugin_args`, from which transformers builds accelerate's plugin, names everything that
-the plugin would otherwise look up in the environment.
+read for what they mean there (`translation.py`), and held against ours (`settling.py`). Afterwards our fields alone say
+how the run goes: `fsdp_config` is left nearly empty, and `fsdp_plugin_args`, from which transformers builds
+accelerate's plugin, names everything that the plugin would otherwise look up in the environment.
 
 **The process group comes first.** A config joins it (or founds a group of one) before upstream's `__post_init__`
 does, because upstream's serves the GPUs alone, and offloaded parameters live on the CPU. From then on
@@ -20,39 +20,31 @@ does, because upstream's serves the GPUs alone, and offloaded parameters live on
 change the names of its parameters, and adapters would be saved empty; asking for it gives the former.
 """
 
-import contextlib
 import copy
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import get_backend_config
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from transformers import BitsAndBytesConfig, TrainingArguments
 from trl import SFTConfig
 
 from . import ranks
-from .translation import (
-    Translation,
-    parse_bool,
-    parse_names,
-    refusal,
-    refuse_unsupported,
-    translate_environment,
-    translate_fsdp,
+from .settling import (
+    PRECISIONS,
+    RENAMED,
+    choose_device_type,
+    join_ranks,
+    read_own_fields,
+    settle_checkpointing,
+    settle_offload,
+    settle_precision,
+    take_over,
+    threads_kept,
 )
-from .units import format_dtype, parse_bytes
-
-# Each parameter dtype as `bf16` and `fp16`.
-_PRECISIONS = {"bfloat16": (True, False), "float16": (False, True), "float32": (False, False)}
-_CUDA_AND_CPU = "cuda:nccl,cpu:gloo"
-# transformers 5.23 has both names, the old one as an alias of the new one; 5.17 and TRL know only the old one.
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
+from .translation import Translation, refuse_unsupported, translate_environment, translate_fsdp
+from .units import format_dtype
 
 
 @dataclass
@@ -86,7 +78,7 @@ class QLoRAFSDPConfig(SFTConfig):
             "help": "Dtype in which gathered parameters arrive and matrices are multiplied: 'bfloat16', 'float16' or "
             "'float32'. Packed weights are stored under it too. If not set, it follows `bf16` and `fp16`: bfloat16 "
             "unless they say otherwise. LoRA weights, their gradients and optimizer states are float32 whatever it is.",
-            "choices": list(_PRECISIONS),
+            "choices": list(PRECISIONS),
         },
     )
     transformer_layer_cls_to_wrap: list[str] | None = field(
@@ -200,19 +192,20 @@ class QLoRAFSDPConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        self._read_own_fields()
+        own = QLoRAFSDPConfig.__annotations__
+        read_own_fields(self, (item for item in fields(QLoRAFSDPConfig) if item.name in own))
         # Our fields win over the launcher's variables, but what the script says in any spelling must agree.
-        self._take_over(translate_fsdp(self.fsdp, self.fsdp_config))
-        self._take_over(translate_environment(os.environ), from_launcher=True)
-        self._settle_offload()
-        self._settle_checkpointing()
-        self._settle_precision()
+        take_over(self, translate_fsdp(self.fsdp, self.fsdp_config))
+        take_over(self, translate_environment(os.environ), from_launcher=True)
+        settle_offload(self)
+        settle_checkpointing(self)
+        settle_precision(self)
         refuse_unsupported(self.__dict__, os.environ)
-        self._join_ranks(self._choose_device_type())
+        join_ranks(self, choose_device_type(self))
         # Upstream is not shown our options: it would give stale advice about them and lose some (`fsdp_plugin_args`
         # is ours anyway). https://github.com/huggingface/transformers/issues/30404
         self.fsdp, self.fsdp_config = None, None
-        with _threads_kept():
+        with threads_kept():
             super().__post_init__()
         self.fsdp: Any = True  # a switch, though upstream still annotates words
         self.fsdp_config = {"version": 2}
@@ -262,7 +255,7 @@ class QLoRAFSDPConfig(SFTConfig):
         `device_map="auto"`. Changes to our fields since then are read, too.
         """
         self.__dict__.pop("_setup_devices", None)
-        with _threads_kept():
+        with threads_kept():
             self._setup_devices  # noqa: B018  the property resets the state, then finds the group that exists
         self.fsdp_plugin_args = self._plugin_args()
 
@@ -288,7 +281,7 @@ class QLoRAFSDPConfig(SFTConfig):
         values = {name: value for name, value in theirs.items() if name in ours} | brought.values
         if not {"param_dtype", "bf16", "fp16"}.isdisjoint(overrides):
             values |= {"param_dtype": None, "bf16": None, "fp16": False}
-        for old, new in _RENAMED.items():
+        for old, new in RENAMED.items():
             if new in ours and (old in brought.values or old in overrides):
                 values[new] = None  # it would win over the older name
         config = cls(**(values | overrides))
@@ -313,176 +306,6 @@ class QLoRAFSDPConfig(SFTConfig):
         for note in brought.notes:
             ranks.log_once(note)
 
-    def _read_own_fields(self) -> None:
-        defaults = {item.name: item.default for item in fields(self)}
-        for old, new in _RENAMED.items():  # as upstream does, without its warning about TRL's own default
-            if getattr(self, new, None) is not None:
-                if getattr(self, old) not in (getattr(self, new), defaults[old]):
-                    ranks.log_once(f"{new}={getattr(self, new)!r} wins over {old}={getattr(self, old)!r}.")
-                setattr(self, old, getattr(self, new))
-            elif hasattr(self, new):
-                setattr(self, new, getattr(self, old))
-        if self.hub_token == "<HUB_TOKEN>":  # what `to_dict` writes, with a token or without
-            self.hub_token = None
-        for item in fields(QLoRAFSDPConfig):
-            if item.name in QLoRAFSDPConfig.__annotations__ and isinstance(item.default, bool):
-                value = getattr(self, item.name)
-                setattr(self, item.name, parse_bool(f"{item.name}={value!r}", value))
-        names = self.transformer_layer_cls_to_wrap
-        self.transformer_layer_cls_to_wrap = parse_names(f"transformer_layer_cls_to_wrap={names!r}", names)
-        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
-            given = f"bnb_4bit_quant_type={self.bnb_4bit_quant_type!r}"
-            raise refusal(given, "bitsandbytes has two 4-bit data types", 'Write "nf4", or "fp4".')
-        if self.expert_chunk is not None:
-            try:
-                parse_bytes(self.expert_chunk)
-            except ValueError:
-                given = f"expert_chunk={self.expert_chunk!r}"
-                raise refusal(given, "it is no size with a unit", 'Write "256MiB", or "1GiB".') from None
-        if self.on_nonfinite not in ("stop", "skip"):
-            given = f"on_nonfinite={self.on_nonfinite!r}"
-            raise refusal(given, "a step with broken gradients cannot be taken", 'Write "stop", or "skip".')
-
-    def _take_over(self, brought: Translation, from_launcher: bool = False) -> None:
-        """Set the fields that other spellings mean, one line each; silence where they say what holds anyway."""
-        defaults = {item.name: item.default for item in fields(self)}
-        for name, value in brought.values.items():
-            said, current = brought.said[name], getattr(self, name)
-            if name == "gradient_checkpointing":
-                for spelling in (name, _RENAMED[name]):
-                    if hasattr(self, spelling):
-                        setattr(self, spelling, True)
-                ranks.log_once(f"{said} is read as {name}=True: it acts once, inside each decoder layer.")
-            elif value == current:
-                continue
-            elif current == defaults[name]:
-                setattr(self, name, value)
-                ranks.log_once(f"{said} is read as {name}={value!r}.")
-            elif not from_launcher:
-                raise refusal(f"{name}={current!r} and {said}", "they contradict each other", "Remove one of them.")
-            elif value != defaults[name]:
-                ranks.log_once(f"{name}={current!r} wins over {said}.")
-        for note in brought.notes:
-            ranks.log_once(note)
-
-    def _settle_offload(self) -> None:
-        """Let the finer options of offloading say that there is offloading, and refuse what contradicts it."""
-        if self.cpu_offload_layers is not None:
-            self.cpu_offload_layers = int(self.cpu_offload_layers)
-            if self.cpu_offload_layers < 1:
-                raise refusal(
-                    f"cpu_offload_layers={self.cpu_offload_layers}",
-                    "it is the number of decoder layers to offload",
-                    "Write 1 or more, or leave it out: cpu_offload alone decides then.",
-                )
-        if self.cpu_offload_keep_files and self.cpu_offload_dir is None:
-            raise refusal(
-                "cpu_offload_keep_files=True without cpu_offload_dir",
-                "there are no files to keep",
-                "Name the folder, cpu_offload_dir=PATH.",
-            )
-        self.cpu_offload = self.cpu_offload or self.cpu_offload_layers is not None or self.cpu_offload_dir is not None
-
-    def _settle_checkpointing(self) -> None:
-        """Read `checkpoint_layers`, and refuse what says otherwise how layers are computed twice."""
-        wanted: Any = self.checkpoint_layers
-        if wanted is None:
-            return
-        if wanted != "auto":
-            try:
-                wanted = int(wanted)
-            except (TypeError, ValueError):
-                wanted = -1
-            if wanted < 0:
-                raise refusal(
-                    f"checkpoint_layers={self.checkpoint_layers!r}",
-                    "it is the number of decoder layers that are computed twice",
-                    'Write 0 or more, "auto" for as many as memory demands, or leave it out for all.',
-                )
-            self.checkpoint_layers = wanted
-        given = f"checkpoint_layers={wanted!r}"
-        if not self.gradient_checkpointing:
-            raise refusal(
-                f"{given} with gradient_checkpointing=False",
-                "without gradient checkpointing no layer is computed twice",
-                "Remove one of them; checkpoint_layers=0 computes none twice until memory runs out.",
-            )
-        if self.activation_offloading:
-            raise refusal(
-                f"{given} with activation_offloading=True",
-                "all that the other layers keep on the device would be copied to the host and back",
-                "Remove one of them.",
-            )
-        if "every_n_layers" in (self.gradient_checkpointing_kwargs or {}):
-            raise refusal(f"{given} and every_n_layers", "both say which layers are computed twice", "Remove one.")
-
-    def _settle_precision(self) -> None:
-        """Let `param_dtype`, `bf16` and `fp16` say the same."""
-        if isinstance(self.param_dtype, torch.dtype):
-            self.param_dtype = format_dtype(self.param_dtype)
-        if self.param_dtype is None:
-            self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-        elif self.param_dtype not in _PRECISIONS:
-            raise refusal(
-                f"param_dtype={self.param_dtype!r}",
-                "gathered parameters have a floating dtype that the kernels know",
-                f"Write one of {', '.join(_PRECISIONS)}.",
-            )
-        else:
-            bf16, fp16 = _PRECISIONS[self.param_dtype]
-            if self.bf16 not in (None, bf16) or (self.fp16 and not fp16):
-                raise refusal(
-                    f"param_dtype={self.param_dtype!r} with bf16={self.bf16} and fp16={self.fp16}",
-                    "packed 4-bit weights survive only if parameters and computation have one dtype",
-                    f"Write param_dtype={self.param_dtype!r} alone, or bf16=True or fp16=True alone.",
-                )
-            self.bf16, self.fp16 = bf16, fp16
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launched not in ("no", "fp16" if self.fp16 else "bf16" if self.bf16 else "no"):
-            ranks.log_once(
-                f"ACCELERATE_MIXED_PRECISION={launched} (from accelerate launch) has no effect: the script trains in "
-                f"{format_dtype(self.compute_dtype)}."
-            )
-
-    def _choose_device_type(self) -> str:
-        """Return the type of the device that trains, and tell upstream where it would guess another."""
-        if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
-            self.use_cpu = True
-        elif not self.use_cpu and not torch.cuda.is_available():
-            other = torch.accelerator.current_accelerator(check_available=True)
-            if other is not None and other.type != "mps":  # neither bitsandbytes nor FSDP2 serve Apple's GPUs
-                raise refusal(
-                    f"a machine with {other.type} devices and no CUDA",
-                    "quantisation and collectives are written and tested for CUDA devices and for CPUs",
-                    "Write use_cpu=True to train on the CPU.",
-                )
-            self.use_cpu = True
-            ranks.log_once("No CUDA device found: training on the CPU.")
-        if self.use_cpu and self.fp16:
-            raise refusal(
-                f"{'param_dtype=' + repr(self.param_dtype) if self.param_dtype else 'fp16=True'} on a CPU",
-                "float16 gradients need loss scaling, which accelerate has for accelerators only",
-                'Write param_dtype="bfloat16" or "float32".',
-            )
-        return "cpu" if self.use_cpu else "cuda"
-
-    def _join_ranks(self, device_type: str) -> None:
-        """Join the process group before upstream does, whose group would serve one kind of device only."""
-        if device_type == "cpu" and self.ddp_backend == _CUDA_AND_CPU:  # written by us, on another machine
-            self.ddp_backend = None
-        elif device_type == "cuda":
-            if self.ddp_backend not in (None, _CUDA_AND_CPU):
-                ranks.log_once(f"ddp_backend={self.ddp_backend!r} becomes {_CUDA_AND_CPU!r}.")
-            self.ddp_backend = _CUDA_AND_CPU
-        ranks.join_process_group(device_type, self.ddp_timeout)
-        if self.cpu_offload_trainable and "cpu:" not in get_backend_config():
-            raise refusal(
-                f"cpu_offload_trainable=True in a process group of {get_backend_config()}",
-                "gradients are clipped on the CPU then, and the group was made without a CPU backend",
-                "Make QLoRAFSDPConfig before any other training arguments, or write "
-                f'torch.distributed.init_process_group("{_CUDA_AND_CPU}") at the start of the script.',
-            )
-
     def _plugin_args(self) -> dict[str, Any]:
         """Return the arguments of accelerate's plugin: all that it would otherwise read from `FSDP_*` variables."""
         return {
@@ -498,16 +321,3 @@ class QLoRAFSDPConfig(SFTConfig):
             "activation_checkpointing_offload": False,
             "cpu_ram_efficient_loading": False,
         }
-
-
-@contextlib.contextmanager
-def _threads_kept() -> Iterator[None]:
-    """Keep accelerate from setting the number of threads, with a warning, whenever it finds processes on a CPU."""
-    if "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    try:
-        yield
-    finally:
-        del os.environ["OMP_NUM_THREADS"]

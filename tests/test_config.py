@@ -26,6 +26,7 @@ from trl import SFTConfig
 from hf_qlora_fsdp import ranks
 from hf_qlora_fsdp.config import QLoRAFSDPConfig
 from hf_qlora_fsdp.inputs import read_model_options, read_policy
+from hf_qlora_fsdp.settling import join_ranks
 
 OWN_FIELDS = [name for name in QLoRAFSDPConfig.__annotations__ if name != "learning_rate"]
 LAUNCHER = ("FSDP_", "ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
@@ -220,7 +221,7 @@ def test_float16_needs_a_gpu(make, arguments):
 
 
 def test_param_dtype_alone_turns_fp16_training_on(make, monkeypatch):
-    monkeypatch.setattr(QLoRAFSDPConfig, "_choose_device_type", lambda self: "cpu")
+    monkeypatch.setattr("hf_qlora_fsdp.config.choose_device_type", lambda config: "cpu")
     config = make(param_dtype="float16")
     assert (config.fp16, config.bf16, config.mixed_precision) == (True, False, "fp16")
     assert config.storage_dtype == config.mp_policy().param_dtype == torch.float16
@@ -459,9 +460,9 @@ def test_the_group_of_a_gpu_run_serves_the_cpu_as_well(make, monkeypatch, lines)
     joined = []
     monkeypatch.setattr(ranks, "join_process_group", lambda device_type, *rest: joined.append(device_type))
     config = make()
-    config._join_ranks("cuda")
+    join_ranks(config, "cuda")
     assert config.ddp_backend == "cuda:nccl,cpu:gloo"
-    config._join_ranks("cpu")  # arguments that were written on another machine
+    join_ranks(config, "cpu")  # arguments that were written on another machine
     assert config.ddp_backend is None
     assert joined == ["cpu", "cuda", "cpu"]
     assert lines() == []
@@ -518,7 +519,7 @@ def test_checkpoint_layers_comes_as_text_from_a_command_line(make):
 
 
 def test_training_on_the_host_needs_a_group_that_serves_it(make, monkeypatch, lines):
-    monkeypatch.setattr("hf_qlora_fsdp.config.get_backend_config", lambda: "cuda:nccl")
+    monkeypatch.setattr("hf_qlora_fsdp.settling.get_backend_config", lambda: "cuda:nccl")
     assert make().cpu_offload is False
     assert lines() == []
     make(cpu_offload=True)  # nothing is reduced on the CPU

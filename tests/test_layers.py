@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 LAYERS = [
     {"errors", "host", "lora_math", "memory_trace", "slurm", "translation", "units"},
     {"ranks"},
-    {"compat", "conversion", "kernels", "launch", "offloading", "quantization"},
+    {"compat", "conversion", "kernels", "launch", "offloading", "quantization", "settling"},
     {"anatomy", "config", "notebook", "packing"},
     {"experts", "sharding_policy"},
     {"sharding", "speed", "summary"},
