@@ -24,7 +24,7 @@ from hf_qlora_fsdp.train.sharegpt import to_messages as read_sharegpt
 
 # The public examples of Axolotl 0.18 (commit 067b021c) that fit their model, of LLaMA-Factory and of accelerate, in our
 # own words; each file says in a second document what it means.
-FILES = sorted((Path(__file__).parent / "conversions").glob("*.yaml"))
+FILES = sorted((Path(__file__).parent / "files").glob("*.yaml"))
 ROW = {"path": "some/rows", "type": "alpaca"}
 AXOLOTL: dict[str, Any] = {
     "base_model": "some/model",

@@ -311,7 +311,7 @@ def test_the_public_files_of_others_are_read(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "data").mkdir()  # where LLaMA-Factory looks
     names = {name: {"file_name": f"{name}.json"} for name in ("identity", "alpaca_en_demo")}
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(names))
-    for path in sorted((ROOT / "tests" / "conversions").glob("*.yaml")):
+    for path in sorted((ROOT / "tests" / "conversion" / "files").glob("*.yaml")):
         text = path.read_text().split("\n---\n")[0]
         (tmp_path / "theirs.yaml").write_text(text)
         conversion = convert(tmp_path / "theirs.yaml")
