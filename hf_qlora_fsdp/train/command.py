@@ -31,6 +31,7 @@ from ..units import format_bytes, format_seconds, format_table
 if TYPE_CHECKING:
     from .arguments import Request
 
+_PACKAGE = str(__package__).partition(".")[0]
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
 _SECONDS_FOR_RANK_0 = 5
 """How long the other ranks wait before they say what rank 0, if it failed for the same reason, has said by then."""
@@ -184,7 +185,7 @@ def _is_ours(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__package__")).partition(".")[0] == __package__
+    return frame is not None and str(frame.tb_frame.f_globals.get("__package__")).partition(".")[0] == _PACKAGE
 
 
 class Run:

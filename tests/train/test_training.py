@@ -26,8 +26,9 @@ from trl.scripts.utils import DatasetConfig
 
 from hf_qlora_fsdp import cli
 from hf_qlora_fsdp.conversion import convert
-from hf_qlora_fsdp.train.command import exit_code, read_data
+from hf_qlora_fsdp.train.command import _is_ours, exit_code, read_data
 from hf_qlora_fsdp.train.command_line import read_request
+from hf_qlora_fsdp.translation import parse_bool
 from tests.test_slurm import LAUNCHED, step
 from tests.tiny import ROW_FORMS, make_checkpoint, tiny_dataset
 
@@ -450,6 +451,13 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for name in ("config", "nproc", "plot", "dataset_name", "eval_dataset_name", "lora_r", "cpu_offload", "packing"):
         assert f"--{name}" in text
+
+
+@pytest.mark.parametrize(("raising", "ours"), [(lambda: parse_bool("x", "perhaps"), True), (lambda: int("x"), False)])
+def test_errors_in_our_words_are_told_from_surprising_ones(raising: Any, ours: bool) -> None:
+    with pytest.raises(ValueError) as error:
+        raising()
+    assert _is_ours(error.value) is ours
 
 
 def test_exit_codes() -> None:
