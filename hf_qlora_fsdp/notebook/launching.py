@@ -1,7 +1,7 @@
 """Training on all GPUs from a cell of a notebook.
 
     kernel                           agent                        workers, one a GPU
-    notebook_launch(train, ...)      python -m ...notebook_worker     python -m ...notebook_worker
+    notebook_launch(train, ...)      python -m ...notebook.worker     python -m ...notebook.worker
       function and arguments   -->     starts and watches them  -->     call the function
       prints in the cell       <--------------------------------------  what they print
       returns, or raises       <--------------------------------------  rank 0's result, or a traceback
@@ -171,11 +171,9 @@ def _warn(payload_bytes: int, num_processes: int, environment: Mapping[str, str]
 def _run_agent(folder: Path, num_processes: int, environment: dict[str, str]) -> None:
     """Run the workers to their end, and print what they print."""
     command = [sys.executable, "-u", "-m", "hf_qlora_fsdp.notebook.worker", str(folder), str(num_processes)]
-    home = str(Path(__file__).parent.parent)
-    if home not in (
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-    ):  # a checkout, found by the notebook's sys.path
+    home = str(Path(__file__).parents[2])
+    # Elsewhere it is a checkout, found by the notebook's sys.path.
+    if home not in (*site.getsitepackages(), site.getusersitepackages()):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, environment.get("PYTHONPATH")]))
     agent = subprocess.Popen(
         command,

@@ -83,6 +83,14 @@ open("script.py", "w").write("import sys, os; result = [sys.argv[1:], os.environ
 notebook_launch("script.py", 1, args=["--rate", 0.1], environment={"FLAG": "up"})
 """
 
+# As in a notebook of a checkout that is not installed, whose first cell puts it on `sys.path`.
+CHECKOUT = """
+def look():
+    import hf_qlora_fsdp
+    return hf_qlora_fsdp.__file__, os.environ["PYTHONPATH"]
+notebook_launch(look, 1, environment={"PYTHONPATH": ""})
+"""
+
 WAIT = """
 def wait():
     print(f"<{os.getpid()}>", flush=True)
@@ -135,6 +143,11 @@ def test_what_cannot_be_launched_is_refused(kernel: Kernel, code: str, message: 
 
 def test_a_script_gets_its_arguments(kernel: Kernel) -> None:
     assert kernel.run(SCRIPT).value == "[['--rate', '0.1'], '1', 'up']"
+
+
+def test_workers_find_the_package_where_the_notebook_has_it(kernel: Kernel) -> None:
+    # Its parent alone: with the package itself on the path, `import packing` would find ours.
+    assert kernel.run(CHECKOUT).value == str((str(ROOT / "hf_qlora_fsdp" / "__init__.py"), str(ROOT)))
 
 
 def test_an_interruption_ends_all_workers_and_the_kernel_goes_on(kernel: Kernel) -> None:
