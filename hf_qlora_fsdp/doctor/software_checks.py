@@ -11,18 +11,24 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import pkgutil
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .findings import Finding, error, note, ok, warning
+
+_PACKAGE = __name__.partition(".")[0]
 
 MODULES = {"pyyaml": "yaml"}
 """What is imported under another name than it is installed."""
 
 EXTRAS = {"matplotlib": "--plot"}
 """What is imported by modules that only some options need."""
+
+TRIED_ELSEWHERE = ("triton",)
+"""What is imported by modules that only GPUs need; `kernel_checks.py` tries these and says what is lost without."""
 
 OLDEST_PYTHON, NEWEST_TESTED_PYTHON = (3, 10), (3, 12)
 
@@ -127,30 +133,37 @@ def _describe(problem: BaseException) -> str:
 
 def check_package() -> Iterator[Finding]:
     """Can all of this package be imported, with these libraries?"""
-    package, extras = importlib.import_module(__package__), set[str]()
-    for info in pkgutil.iter_modules(package.__path__):
-        if info.name == "cli":  # imports nothing but what is imported here
-            continue
+    package, extras = importlib.import_module(_PACKAGE), set[str]()
+    for name in _find_modules(package.__path__, f"{_PACKAGE}."):
         try:
-            importlib.import_module(f".{info.name}", __package__)
+            importlib.import_module(name)
         except BaseException as problem:
             missing = (getattr(problem, "name", None) or "").partition(".")[0]
-            if isinstance(problem, ModuleNotFoundError) and missing in EXTRAS:
+            if isinstance(problem, ModuleNotFoundError) and missing in (*EXTRAS, *TRIED_ELSEWHERE):
                 extras.add(missing)
                 continue
             yield error(
-                f"hf_qlora_fsdp.{info.name} cannot be imported: {_describe(problem)}",
+                f"{name} cannot be imported: {_describe(problem)}",
                 "The libraries can be imported, so one of them lacks something that is used here.",
                 "Install the tested versions, which are named above. If they are installed, report this.",
             )
             return
-    for missing in sorted(extras):
+    for missing in sorted(extras.intersection(EXTRAS)):
         yield note(f"{missing} is not installed.", f"{EXTRAS[missing]} needs it: pip install {missing}")
     try:
         version = importlib.metadata.version("hf_qlora_fsdp")
     except importlib.metadata.PackageNotFoundError:
         version = "(not installed)"
     yield ok(f"hf_qlora_fsdp {version} in {package.__path__[0]}")
+
+
+def _find_modules(folders: Iterable[str], prefix: str) -> Iterator[str]:
+    """Yield the names of all modules in folders and below, and import none."""
+    for info in pkgutil.iter_modules(folders, prefix):
+        yield info.name
+        if info.ispkg:
+            inside = info.name.removeprefix(prefix)
+            yield from _find_modules([os.path.join(folder, inside) for folder in folders], f"{info.name}.")
 
 
 def check_patches() -> Iterator[Finding]:

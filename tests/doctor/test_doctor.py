@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from hf_qlora_fsdp import cli
 from hf_qlora_fsdp.compat.versions import LIBRARIES, Support
-from hf_qlora_fsdp.doctor import environment_checks, gpu_checks, host_checks, live_test
+from hf_qlora_fsdp.doctor import environment_checks, gpu_checks, host_checks, live_test, software_checks
 from hf_qlora_fsdp.doctor.examination import CHECKS
 from hf_qlora_fsdp.doctor.findings import Finding, format_finding
 
@@ -268,6 +268,12 @@ def test_variables_that_hurt(environ: dict[str, str], expected: list[str]) -> No
     assert [finding.level for finding in findings] == expected
     for finding in findings:
         assert any(finding.what.startswith(name) for name in environ)
+
+
+def test_a_module_that_cannot_be_imported_is_found_in_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hf_qlora_fsdp.merging.merger", None)
+    (found,) = software_checks.check_package()
+    assert found.level == "error" and "hf_qlora_fsdp.merging.merger cannot be imported" in found.what
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
