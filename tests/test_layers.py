@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "host", "lora_math", "memory_trace", "slurm", "translation", "units"},
     {"ranks"},
     {"compat", "conversion", "kernels", "launch", "offloading", "quantization", "settling"},
-    {"anatomy", "config", "notebook", "packing"},
+    {"anatomy", "config", "notebook", "packing", "pictures"},
     {"experts", "sharding_policy"},
     {"sharding", "speed", "summary"},
     {"export", "loading"},

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from ..pictures import BEHIND_TEXT, FAINT, INK, choose_unit, list_layers, mark_limit, picture
 from ..units import format_bytes
 from .cards import HOLES
 from .memory_estimate import PHASES
 from .memory_model import CAUSES
 from .planner import Plan
 
-_GIB = 2**30
-_INK, _FAINT, _LIMIT = "#23313f", "#8a97a3", "#c1121f"
 _COLORS = {
     "4-bit codes": "#1b4965",
     "scales": "#2a6f97",
@@ -34,10 +26,6 @@ _COLORS = {
     "holes": "#dfe3e6",
     "CUDA, kernels, NCCL": "#cfd8dc",
 }
-_BEHIND = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "linewidth": 0}
-_STYLE: Any = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK}
-_STYLE |= {"axes.edgecolor": _FAINT, "xtick.color": _INK, "ytick.color": _FAINT}
-_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 
 
 def draw_bars(plan: Plan, file: str) -> None:
@@ -48,39 +36,33 @@ def draw_bars(plan: Plan, file: str) -> None:
         file (`str`): PNG to write.
     """
     bars = {phase: _stack(plan, phase) for phase in PHASES}
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(8.5, 5.2))
+    most = max(sum(bar.values()) for bar in bars.values())
+    unit, name = choose_unit(most)
+    title = f"{plan.model}: {plan.machine.num_gpus} cards, {plan.chosen.settings.seq} tokens"
+    with picture(file, title, (8.5, 5.2)) as (figure, (axis,)):
         bottoms = [0.0] * len(PHASES)
         for cause in [*CAUSES, "holes", "CUDA, kernels, NCCL"]:
-            sizes = [bars[phase].get(cause, 0) / _GIB for phase in PHASES]
+            sizes = [bars[phase].get(cause, 0) / unit for phase in PHASES]
             if any(sizes):
                 axis.bar(PHASES, sizes, bottom=bottoms, color=_COLORS[cause], label=cause, width=0.6, linewidth=0)
                 bottoms = [below + size for below, size in zip(bottoms, sizes, strict=True)]
         for phase, top in zip(PHASES, bottoms, strict=True):
             axis.annotate(
-                format_bytes(top * _GIB),
+                format_bytes(top * unit),
                 (phase, top),
-                xytext=(0, 3),
+                xytext=(0, -4),
                 textcoords="offset points",
                 ha="center",
-                bbox=_BEHIND,
+                va="top",
+                bbox=BEHIND_TEXT,
             )
-        limit = plan.machine.device_bytes
-        axis.set_ylim(0, max(max(bottoms), limit / _GIB if limit < 2 * max(bottoms) * _GIB else 0) * 1.12)
-        if limit < 2 * max(bottoms) * _GIB:
-            axis.axhline(limit / _GIB, color=_LIMIT, linestyle=(0, (5, 3)), linewidth=1.2)
-            text = f"a card has {format_bytes(limit)}"
-            axis.annotate(text, (-0.42, limit / _GIB), xytext=(0, 3), textcoords="offset points", color=_LIMIT)
-        axis.set_ylabel("a card when it is fullest, GiB")
-        handles, labels = axis.get_legend_handles_labels()
-        axis.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.005, 1), frameon=False)
-        title = f"{plan.model}: {plan.machine.num_gpus} cards, {plan.chosen.settings.seq} tokens"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        settings = plan.chosen.settings.describe(len(plan.weight.layers))
-        axis.set_title(settings, loc="left", fontsize=9, color=_FAINT)
+        axis.set_ylim(0, most / unit * 1.12)
+        mark_limit(axis, plan.machine.device_bytes, most)
+        axis.set_ylabel(f"a card when it is fullest, {name}")
+        axis.tick_params("x", colors=INK)
+        list_layers(axis)
+        axis.set_title(plan.chosen.settings.describe(len(plan.weight.layers)), loc="left", fontsize=9, color=FAINT)
         figure.tight_layout(rect=(0, 0, 1, 0.98))
-        figure.savefig(file, dpi=160, format="png")
-        plt.close(figure)
 
 
 def _stack(plan: Plan, phase: str) -> dict[str, int]:

@@ -8,30 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from ..pictures import BEHIND_TEXT, FAINT, INK, choose_unit, list_layers, mark_limit, picture
 from ..units import format_bytes, format_seconds
 
-_GIB, _MIB = 2**30, 2**20
-_INK, _FAINT = "#23313f", "#8a97a3"
 _CARD = {"tensors": "#2a6f97", "held by torch": "#89c2d9", "CUDA, NCCL, kernels": "#cfd8dc"}
 _HOST = {"anonymous": "#bc6c25", "shared": "#dda15e", "mapped files": "#ede0d4"}
 _BANDS = {"load": "#f4f1ea", "first step": "#e8eef2", "steady": "#f3f7ee"}
-
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-}
 
 
 def draw_timeline(outcome: dict[str, Any], file: str) -> None:
@@ -46,40 +31,36 @@ def draw_timeline(outcome: dict[str, Any], file: str) -> None:
     for trace in traces:
         trace[:, 0] -= start
     on_card = outcome["device"] != "CPU"
-    with plt.rc_context(_STYLE):
-        height = 6.4 if on_card else 4.0
-        figure, axes = plt.subplots(1 + on_card, 1, figsize=(10, height), sharex=True, squeeze=False)
+    height = 6.4 if on_card else 4.0
+    with picture(file, _title(outcome), (10, height), nrows=1 + on_card, sharex=True) as (figure, axes):
         if on_card:
             fullest = max(traces, key=lambda trace: trace[:, 3].max())
             seconds, allocated, reserved, used = fullest[:, :4].T
             layers = [allocated, np.maximum(reserved - allocated, 0), np.maximum(used - reserved, 0)]
-            _stack(axes[0, 0], seconds, dict(zip(_CARD, layers, strict=True)), _CARD, "the fullest card")
-            _mark_limit(axes[0, 0], outcome["limit_bytes"] or outcome["device_bytes"], used.max())
+            _stack(axes[0], seconds, dict(zip(_CARD, layers, strict=True)), _CARD, "the fullest card")
+            mark_limit(axes[0], outcome["limit_bytes"] or outcome["device_bytes"], used.max())
         # One clock for all ranks: each is read at the moments of the first.
         seconds = traces[0][:, 0]
         sums = [sum(np.interp(seconds, trace[:, 0], trace[:, column]) for trace in traces) for column in (4, 6, 5)]
         host = dict(zip(_HOST, sums, strict=True))
-        _stack(axes[-1, 0], seconds, host, _HOST, f"the host, {len(traces)} rank{'s' * (len(traces) > 1)}")
-        for axis in axes[:, 0]:
-            _mark_phases(axis, outcome["phases"], start, named=axis is axes[0, 0])
-        axes[-1, 0].set_xlabel("seconds")
-        axes[-1, 0].set_xlim(0, max(trace[-1, 0] for trace in traces))
-        figure.suptitle(_title(outcome), x=0.01, y=0.99, ha="left", fontsize=12, fontweight="bold")
-        figure.text(0.01, 0.985 - 0.36 / height, _subtitle(outcome), ha="left", va="top", color=_FAINT)
+        _stack(axes[-1], seconds, host, _HOST, f"the host, {len(traces)} rank{'s' * (len(traces) > 1)}")
+        for axis in axes:
+            _mark_phases(axis, outcome["phases"], start, named=axis is axes[0])
+        axes[-1].set_xlabel("seconds")
+        axes[-1].set_xlim(0, max(trace[-1, 0] for trace in traces))
+        figure.text(0.01, 0.985 - 0.36 / height, _subtitle(outcome), ha="left", va="top", color=FAINT)
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / height))
-        figure.savefig(file, dpi=160, format="png")
-        plt.close(figure)
 
 
 def _stack(axis: Axes, seconds: Any, layers: dict[str, Any], colors: dict[str, str], title: str) -> None:
     """Fill layers on top of each other, and name the highest point."""
     top = sum(layers.values())
-    unit, name = (_GIB, "GiB") if top.max() > _GIB else (_MIB, "MiB")
+    unit, name = choose_unit(top.max())
     scaled = [layer / unit for layer in layers.values()]
     axis.stackplot(seconds, *scaled, colors=[colors[key] for key in layers], labels=list(layers), linewidth=0)
-    axis.plot(seconds, top / unit, color=_INK, linewidth=0.8)
+    axis.plot(seconds, top / unit, color=INK, linewidth=0.8)
     peak = int(top.argmax())
-    axis.plot(seconds[peak], top[peak] / unit, "o", color=_INK, markersize=4)
+    axis.plot(seconds[peak], top[peak] / unit, "o", color=INK, markersize=4)
     right_half = seconds[peak] > seconds[-1] / 2
     axis.annotate(
         format_bytes(top[peak]),
@@ -88,38 +69,19 @@ def _stack(axis: Axes, seconds: Any, layers: dict[str, Any], colors: dict[str, s
         textcoords="offset points",
         ha="right" if right_half else "left",
         fontweight="bold",
-        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "alpha": 0.8, "linewidth": 0},
+        bbox=BEHIND_TEXT,
     )
     axis.set_ylabel(f"{title}, {name}")
     axis.set_ylim(0, top.max() / unit * 1.22)
     axis.yaxis.grid(True, color="white", linewidth=1)
-    handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.005, 1), frameon=False)
-
-
-def _mark_limit(axis: Axes, limit_bytes: int, used_bytes: float) -> None:
-    """Draw the size of the card, where it is near enough to be on the picture."""
-    if limit_bytes > 2 * used_bytes:
-        return
-    unit = _GIB if used_bytes > _GIB else _MIB
-    axis.axhline(limit_bytes / unit, color="#c1121f", linestyle=(0, (5, 3)), linewidth=1.2)
-    axis.annotate(
-        f"the card has {format_bytes(limit_bytes)}",
-        (1, limit_bytes / unit),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 3),
-        textcoords="offset points",
-        ha="right",
-        color="#c1121f",
-    )
-    axis.set_ylim(0, max(axis.get_ylim()[1], limit_bytes / unit * 1.12))
+    list_layers(axis)
 
 
 def _mark_phases(axis: Axes, phases: list[dict[str, Any]], start: float, named: bool) -> None:
     for phase in phases:
         began = phase["began"] - start
         axis.axvspan(began, began + phase["seconds"], color=_BANDS[phase["name"]], zorder=-2, linewidth=0)
-        axis.axvline(began, color=_FAINT, linewidth=0.7, linestyle=":")
+        axis.axvline(began, color=FAINT, linewidth=0.7, linestyle=":")
         if named:
             axis.annotate(
                 f"{phase['name']}\n{format_seconds(phase['seconds'])}",
@@ -129,7 +91,7 @@ def _mark_phases(axis: Axes, phases: list[dict[str, Any]], start: float, named: 
                 textcoords="offset points",
                 va="bottom",
                 fontsize=8,
-                color=_FAINT,
+                color=FAINT,
             )
 
 

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from ..pictures import GRID, choose_unit, picture
 from ..units import format_bytes
 from .progress import Sample
 
-_GIB, _MIB = 2**30, 2**20
-_INK, _FAINT = "#23313f", "#8a97a3"
 _LOSS, _HELD_OUT, _CARD, _HOST = "#2a6f97", "#c1121f", "#2a6f97", "#bc6c25"
-
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def draw_curves(history: list[dict[str, Any]], samples: list[Sample], title: str, file: str) -> None:
@@ -37,8 +23,7 @@ def draw_curves(history: list[dict[str, Any]], samples: list[Sample], title: str
         title (`str`): Above the picture.
         file (`str`): PNG to write.
     """
-    with plt.rc_context(_STYLE):
-        figure, (loss, memory) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2))
+    with picture(file, title, (8, 6), nrows=2, sharex=True, height_ratios=(3, 2)) as (figure, (loss, memory)):
         for name, label, color in (("loss", "training", _LOSS), ("eval_loss", "held out", _HELD_OUT)):
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
             if points:
@@ -49,17 +34,13 @@ def draw_curves(history: list[dict[str, Any]], samples: list[Sample], title: str
         memory.set_xlabel("step")
         memory.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis in (loss, memory):
-            axis.yaxis.grid(True, color="#e8eaec")
-            axis.set_axisbelow(True)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+            axis.yaxis.grid(True, color=GRID)
         figure.tight_layout()
-        figure.savefig(file, dpi=160, format="png")
-        plt.close(figure)
 
 
 def _draw_memory(axis: Axes, samples: list[Sample]) -> None:
     top = max((max(sample[1:]) for sample in samples), default=0)
-    unit, name = (_GIB, "GiB") if top > _GIB else (_MIB, "MiB")
+    unit, name = choose_unit(top)
     steps = [sample[0] for sample in samples]
     for column, label, color in ((1, "card", _CARD), (2, "host", _HOST)):
         values = [sample[column] for sample in samples]
