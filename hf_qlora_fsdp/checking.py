@@ -28,9 +28,9 @@ from transformers import AutoConfig
 
 from .anatomy import build_meta_model
 from .export import OPTIMIZER_TENSORS, OPTIMIZER_VALUES
+from .files import hash_files
 from .loading.weights import Weights
 from .merging.edits import ADAPTER_CONFIG, Adapter, refuse_unmergeable
-from .resuming.checkpoints import hash_file
 
 MANIFEST = "manifest.json"
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -111,7 +111,7 @@ def _check_manifest(path: Path, report: Report) -> None:
             report.findings.append(
                 f"{name} has {file.stat().st_size:,} bytes, {MANIFEST} says {num_bytes:,}. Copy the checkpoint again."
             )
-        elif hash_file(file) != digest:
+        elif hash_files(file) != digest:
             report.findings.append(
                 f"{name} has been altered since it was saved: its SHA-256 is not that of {MANIFEST}."
             )

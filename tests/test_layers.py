@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_qlora_fsdp"
 
 # From the bottom up. A folder is one room: what is inside it may import what else is inside it, but not in a circle.
 LAYERS = [
-    {"errors", "host", "lora_math", "memory_trace", "slurm", "translation", "units"},
+    {"errors", "files", "host", "lora_math", "memory_trace", "slurm", "translation", "units"},
     {"ranks"},
     {"compat", "conversion", "kernels", "launch", "offloading", "quantization", "settling"},
     {"anatomy", "config", "notebook", "packing", "pictures"},

@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 
+from ..files import flush
 from .weights import BLOCK_BYTES, DTYPES
 
 MANIFEST = "manifest.json"
@@ -198,7 +199,7 @@ class CacheWriter:
                 os.fsync(file.fileno())
         except FileExistsError:  # two ranks were last, and the other one was first
             return
-        _flush_folder(self.staging)
+        flush(self.staging)
         try:
             os.rename(self.staging, self.final)
         except OSError:
@@ -206,7 +207,7 @@ class CacheWriter:
                 raise
             discard(self.staging)  # another run has written the same
             return
-        _flush_folder(self.final.parent)
+        flush(self.final.parent)
         for report in reports:  # not before the renaming: who finds one missing has to find the folder gone
             (self.final / report.name).unlink(missing_ok=True)
 
@@ -257,11 +258,3 @@ def clear_leftovers(root: Path) -> None:
                 last = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
                 if time.time() - last > _DEAD_AFTER_SECONDS:
                     discard(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

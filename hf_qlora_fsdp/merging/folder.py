@@ -137,16 +137,6 @@ class _Finder:
         return [f"{folder}/{name.removesuffix('.jinja')}.jinja" for name in names]
 
 
-def hash_files(files: list[str]) -> str:
-    """Return the SHA-256 of whole files, in this order."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
-
-
 def fingerprint_checkpoint(config_file: str, files: list[str]) -> str:
     """Return a hash by which a checkpoint is recognised without reading all of it (see the module docstring)."""
     digest = hashlib.sha256(Path(config_file).read_bytes())

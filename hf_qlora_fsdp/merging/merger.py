@@ -44,13 +44,14 @@ from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from ..files import hash_files
 from ..loading.weights import Weights, find_weights
 from ..lora_math import Part, apply_edit
 from ..packing import PackedLayout, dequantize, pack, quantize
 from ..quantization import QUANTIZATION_FILE, settle
 from ..units import format_dtype
 from .edits import Adapter
-from .folder import ADAPTER_HUB, MergeFolder, fingerprint_checkpoint, hash_files
+from .folder import ADAPTER_HUB, MergeFolder, fingerprint_checkpoint
 from .plan import MergeOptions, MergePlan, Slot, read_stored_quantization
 from .shards import ShardWriter, write_json
 
@@ -128,7 +129,7 @@ def merge_adapter(
     plan = MergePlan(config, Weights(files), delta, options, trust_remote_code)
     identity = {
         "base": fingerprint_checkpoint(config_file, files),
-        "adapter": hash_files([str(delta.config_file), str(delta.file)]),
+        "adapter": hash_files(str(delta.config_file), str(delta.file)),
         "options": {name: _as_json(value) for name, value in vars(options).items()},
     }
     folder = MergeFolder(output, identity)

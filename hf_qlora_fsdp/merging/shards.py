@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from ..files import flush
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -77,7 +79,7 @@ class ShardWriter:
                 self._partial.unlink(missing_ok=True)
         if kind is None:
             self._partial.replace(self.path)
-            sync_folder(self.path.parent)
+            flush(self.path.parent)
 
     @property
     def _partial(self) -> Path:
@@ -129,13 +131,4 @@ def write_json(path: Path, value: object) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)

@@ -15,7 +15,6 @@ The manifest also says what the checkpoint belongs to, which is `continuity.py`'
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,11 +24,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import flush, hash_files
+
 MANIFEST = "manifest.json"
 STAGING_PREFIX = ".saving-"
 
 _CHECKPOINT_NAME = re.compile(r"^checkpoint-(\d+)$")
-_CHUNK_BYTES = 1 << 24
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -41,13 +41,13 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
     """
     files = {}
     for path in _files(folder):
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        _flush(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": hash_files(path)}
+        flush(path)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"saved_at": time.time(), "facts": dict(facts), "files": files}, indent=1))
-    _flush(manifest)
+    flush(manifest)
     for directory in {path.parent for path in [manifest, *_files(folder)]}:
-        _flush(directory)
+        flush(directory)
 
 
 def publish(staging: Path, final: Path) -> None:
@@ -59,7 +59,7 @@ def publish(staging: Path, final: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(staging, final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for name, expected in files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"] or hash_file(path) != expected["sha256"]:
+        if size != expected["bytes"] or hash_files(path) != expected["sha256"]:
             damage = "is missing" if size is None else "is not the file that was saved"
             raise ValueError(
                 f"{name} in {str(folder)!r} {damage} (its size is {size}, the manifest says {expected['bytes']}). "
@@ -168,21 +168,3 @@ def clear_leftovers(output_dir: str | os.PathLike[str]) -> list[str]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have a file's, or a folder's, contents reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
