@@ -222,11 +222,11 @@ class Run:
 
     def load(self) -> None:
         """Load the model and make the trainer. Every rank calls it."""
-        from datasets import Dataset
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
         from trl import get_peft_config
 
         from ..trainer import QLoRAFSDPTrainer
+        from .data import check_prepared
 
         trainer = QLoRAFSDPTrainer(
             model=str(self.request.model.model_name_or_path),
@@ -235,12 +235,9 @@ class Run:
             eval_dataset=self.eval_data,
             peft_config=get_peft_config(self.request.model),
         )
-        if isinstance(trainer.train_dataset, Dataset) and not len(trainer.train_dataset):
-            raise ValueError(
-                f"Of {len(self.train_data)} rows none is left with a token to learn within max_length="
-                f"{self.args.max_length}: what is learned comes after it, or is empty. Write a larger --max_length, or "
-                "look at the rows."
-            )
+        check_prepared(trainer.train_dataset, self.train_data, self.args)
+        if self.eval_data is not None:
+            check_prepared(trainer.eval_dataset, self.eval_data, self.args, evaluation=True)
         for theirs in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(theirs)
         trainer.add_callback(self.progress)

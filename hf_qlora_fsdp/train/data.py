@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas  # type: ignore[import-untyped]
+import pyarrow.compute  # type: ignore[import-untyped]
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
-from trl import DatasetMixtureConfig, ScriptArguments
+from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig
 
+from ..ranks import log_once
 from ..translation import refusal
 from . import alpaca, sharegpt
 
@@ -155,6 +157,45 @@ def _bring_into_form(rows: Any, form: str | None) -> Rows:
         return rows
     first: dict[str, Any] = next(iter(rows), {})
     return rows.map(_FORMS[form], remove_columns=list(first))
+
+
+def check_prepared(prepared: Rows, given: Rows, args: SFTConfig, *, evaluation: bool = False) -> None:
+    """See that rows have tokens to learn once TRL has cut them, and say how many have none.
+
+    TRL leaves out a row whose prompt alone fills `max_length`, without a word. Where it packs, it keeps such rows, and
+    a run of nothing else goes on to its end with a loss of 0.
+
+    Args:
+        prepared (`Dataset` or `IterableDataset`): What TRL made of the rows; one that is streamed is not looked at.
+        given (`Dataset` or `IterableDataset`): The rows.
+        args (`SFTConfig`): What the trainer was given.
+        evaluation (`bool`): Whether they are those to evaluate on.
+    Raises:
+        ValueError: None of them has a token to learn.
+    """
+    if not isinstance(prepared, Dataset) or "labels" not in prepared.column_names:
+        return
+    doing = "evaluated" if evaluation else "trained"
+    labels = prepared.select_columns("labels").with_format("arrow").iter(batch_size=256)
+    if not any(_has_token(batch["labels"]) for batch in labels):  # as a rule the first batch has
+        raise refusal(
+            f"{len(given)} rows to be {doing} on and max_length={args.max_length}",
+            "none is left with a token to learn within it: what is learned comes after it, or is empty",
+            "Write a larger --max_length, or look at the rows.",
+        )
+    packed = args.packing if not evaluation or args.eval_packing is None else args.eval_packing
+    if not packed and len(prepared) < len(given):
+        log_once(
+            "%d of %d rows have no token to learn within max_length=%s, and are not %s on.",
+            len(given) - len(prepared),
+            len(given),
+            args.max_length,
+            doing,
+        )
+
+
+def _has_token(labels: Any) -> bool:
+    return bool(pyarrow.compute.any(pyarrow.compute.not_equal(labels.combine_chunks().flatten(), -100)).as_py())
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
-from trl import DatasetMixtureConfig, get_dataset
+from trl import DatasetMixtureConfig, SFTConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from hf_qlora_fsdp import cli
 from hf_qlora_fsdp.conversion import convert
 from hf_qlora_fsdp.train.command import _is_ours, exit_code, read_data
 from hf_qlora_fsdp.train.command_line import read_request
+from hf_qlora_fsdp.train.data import check_prepared
 from hf_qlora_fsdp.translation import parse_bool
 from tests.test_slurm import LAUNCHED, step
 from tests.tiny import ROW_FORMS, make_checkpoint, tiny_dataset
@@ -210,10 +212,15 @@ def test_on_a_terminal_there_is_a_bar(folder: Path) -> None:
             {},
             "Write a larger --max_length",
         ),
+        (
+            {"dataset_name": "prompt_completion.csv", "max_length": 4, "packing": True},
+            {},
+            "Write a larger --max_length",
+        ),
         ({"lora_target_modules": "q_prof"}, {}, "Target modules {'q_prof'} not found"),
         ({"nproc": 3}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "--nproc 3 in"),
     ],
-    ids=["arguments", "rows", "model", "processes"],
+    ids=["arguments", "rows", "packed rows", "model", "processes"],
 )
 def test_what_the_workers_refuse_ends_with_2_and_one_voice(
     changes: dict[str, Any], launched: dict[str, str], said: str, folder: Path
@@ -360,6 +367,24 @@ def test_rows_of_other_forms(folder: Path, tmp_path: Path) -> None:
 )
 def test_what_is_adapted(options: list[str], modules: Any, folder: Path) -> None:
     assert read_request([*given(folder, dataset_name="x"), *options]).model.lora_target_modules == modules
+
+
+def test_rows_with_nothing_to_learn(caplog: pytest.LogCaptureFixture) -> None:
+    rows = Dataset.from_list([{"labels": [-100] * 4}, {"labels": [-100, 5]}])
+    learned, nothing = rows.select([1]), rows.select([0])
+    packed, cut = SFTConfig(use_cpu=True, packing=True), SFTConfig(use_cpu=True, max_length=7)
+    check_prepared(rows, rows, packed)
+    check_prepared(learned, learned, cut)
+    assert not caplog.records
+    check_prepared(learned, rows, cut)
+    check_prepared(learned, rows, replace(packed, max_length=7, eval_packing=False), evaluation=True)
+    assert [record.message for record in caplog.records] == [
+        f"1 of 2 rows have no token to learn within max_length=7, and are not {doing} on."
+        for doing in ("trained", "evaluated")
+    ]
+    for kept in (nothing, rows.select([])):
+        with pytest.raises(ValueError, match="none is left with a token to learn"):
+            check_prepared(kept, rows, packed)
 
 
 # Files of options that cannot work, and what is said about them.
