@@ -38,9 +38,10 @@ def read_batches(keys: ForeignKeys) -> None:
     elif total and total != (micro or 1) * (steps or 1):
         why = f"it is micro_batch_size times gradient_accumulation_steps, {micro or 1} times {steps or 1}"
         raise keys.refusal("batch_size", total, why, "Remove batch_size.")
-    keys.values["per_device_train_batch_size"] = micro or 1
-    keys.values["gradient_accumulation_steps"] = steps or 1
-    keys.values["per_device_eval_batch_size"] = keys.take_number("eval_batch_size", int, micro or 1)
+    micro, steps = (1 if number is None else number for number in (micro, steps))
+    keys.values["per_device_train_batch_size"] = micro
+    keys.values["gradient_accumulation_steps"] = steps
+    keys.values["per_device_eval_batch_size"] = keys.take_number("eval_batch_size", int, micro)
     if keys.take_switch("group_by_length"):
         keys.values["train_sampling_strategy"] = "group_by_length"
     if keys.values.get("packing"):

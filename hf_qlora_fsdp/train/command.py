@@ -2,12 +2,13 @@
 
     this process                       N processes, started by torch's agent, or all there is under a launcher
     read_request  names and values     load_data           the same rows on every rank
-    check         model, data, plot    QLoRAFSDPTrainer    load, quantise, shard
+    check, read   conditions, data     QLoRAFSDPTrainer    load, quantise, shard
     run_workers   start them           trainer.train       a bar, or lines (`progress.py`)
     exit_code     pass theirs on       save, summarise     a PEFT adapter, and what to do with it
 
-What can be seen to be wrong without a model is seen before any process is started: names (`command_line.py`), files,
-and a Hub that cannot be reached. Whatever is wrong is said once and ends with exit code 2.
+What can be seen to be wrong without a model is seen before any process is started: names (`command_line.py`), numbers
+(`ranges.py`), files, and a Hub that cannot be reached (`conditions.py`). Whatever is wrong is said once and ends with
+exit code 2.
 
 SIGTERM and SIGUSR1 are handed on to the workers, which finish the step, save a checkpoint and exit with 75; so does
 this process then, and the same command with `--resume_from_checkpoint True` goes on.
@@ -15,14 +16,12 @@ this process then, and the same command with `--resume_from_checkpoint True` goe
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..launch import default_num_processes, is_worker, run_workers
@@ -55,10 +54,11 @@ def launch(arguments: Sequence[str]) -> int:
     if is_worker():
         return take_part(arguments)
     from .command_line import read_request
+    from .conditions import check_conditions
 
     request = read_request(arguments)
     quieten(sys.stdout.isatty())
-    check(request)
+    check_conditions(request)
     read_data(request)
     num_processes = _num_processes(request)
     failed = run_workers("hf_qlora_fsdp.train.command", arguments, num_processes, handed_on=_HANDED_ON)
@@ -71,40 +71,6 @@ def quieten(with_bars: bool) -> None:
 
     if not with_bars:
         disable_progress_bars()
-
-
-def check(request: Request) -> None:
-    """See that the model is there, and that plot and reports can be written, before anything large is started.
-
-    Raises:
-        ValueError: One of them is not so.
-    """
-    plot = request.run.plot
-    if plot is not None and not Path(plot).absolute().parent.is_dir():
-        raise ValueError(f"--plot {plot}: there is no folder for it. Make the folder, or name another file.")
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(
-            f"--plot {plot} needs matplotlib, which is not installed. pip install matplotlib, or leave it out."
-        )
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.utils.hub import cached_file
-
-    asked = request.training.get("report_to") or []
-    missing = {asked} if isinstance(asked, str) else set(asked)
-    missing -= {"all", "none", *get_available_reporting_integrations()}
-    if missing:
-        raise ValueError(
-            f"report_to has {', '.join(sorted(missing))}, which is not installed or not known, and would fail once the "
-            'model is loaded. pip install it, or write "none".'
-        )
-    name, revision = str(request.model.model_name_or_path), request.model.model_revision
-    try:
-        cached_file(name, "config.json", revision=revision, token=request.training.get("hub_token"))
-    except OSError as error:
-        raise ValueError(
-            f"model_name_or_path={name!r}: its config.json cannot be had. {error} Give the folder of a model, or the "
-            "id of one on the Hub that can be reached from here."
-        ) from error
 
 
 def read_data(request: Request) -> tuple[Any, Any]:
@@ -200,6 +166,7 @@ class Run:
     def __init__(self, arguments: Sequence[str]) -> None:
         from ..ranks import fail_together, log_once, rank, world_size
         from .command_line import read_request
+        from .conditions import check_conditions
         from .progress import Progress
 
         self.began = time.monotonic()
@@ -215,7 +182,7 @@ class Run:
         for note in request.notes:
             log_once("%s", note)
         with fail_together("reading the data"):
-            check(request)
+            check_conditions(request)
             self.train_data, self.eval_data = read_data(request)
         self.trainer: Any = None
         self.progress = Progress(self.args.device, self.with_bar)
@@ -245,8 +212,10 @@ class Run:
 
     def train(self) -> None:
         """Train, save the adapter, and say how it went. Every rank calls it."""
+        from .conditions import parse_checkpoint
+
         try:
-            self.trainer.train(resume_from_checkpoint=_parse_checkpoint(self.args.resume_from_checkpoint))
+            self.trainer.train(resume_from_checkpoint=parse_checkpoint(self.args.resume_from_checkpoint))
         except SystemExit:  # a signal ended the run, which has curves as well
             self._draw()
             raise
@@ -288,11 +257,6 @@ class Run:
             ("next", shlex.join(["hf-qlora-fsdp", "merge", model, folder, f"{folder.rstrip('/')}-merged"])),
         ]
         print(format_table([row for row in rows if row[1] != "None"], title="trained"), flush=True)
-
-
-def _parse_checkpoint(asked: str | bool | None) -> str | bool | None:
-    """Read `resume_from_checkpoint`: the path of a checkpoint, or a word for "the newest" or for "none"."""
-    return {"true": True, "false": None, "none": None}.get(str(asked).lower(), asked)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ..config import QLoRAFSDPConfig
 from ..conversion import convert
 from ..translation import refusal
 from .arguments import ALL, DataArguments, MixtureArguments, ModelArguments, Request, RunArguments, unknown_name
+from .ranges import check_ranges
 
 _FILES = ("config", "axolotl")
 _HELP = "`hf-qlora-fsdp train --help` lists all."
@@ -35,7 +36,7 @@ class _Parser(TrlParser):
     """TRL's parser, which raises what argparse would print below a usage of four hundred options."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. {_HELP}")
+        raise ValueError(f"{message.rstrip('.')}. {_HELP}")
 
 
 def read_request(arguments: Sequence[str]) -> Request:
@@ -67,6 +68,9 @@ def read_request(arguments: Sequence[str]) -> Request:
     hints = {name: str(hint) for kind in ALL for name, hint in get_type_hints(kind).items()}
     parser.set_defaults_with_config(**{name: _as_written(name, from_file[name], hints[name]) for name in from_file})
     values = vars(parser.parse_known_args(list(arguments))[0])
+    padding = values.get("pad_to_multiple_of")
+    if isinstance(padding, str) and padding.isdecimal():  # a number, or "auto": upstream's parser leaves both as text
+        values["pad_to_multiple_of"] = int(padding)
     _settle(values)
     return Request(
         RunArguments(**_pick(RunArguments, values)),
@@ -151,6 +155,9 @@ def _settle(values: dict[str, Any]) -> None:
         values["bnb_4bit_use_double_quant"] = nested
     if values.pop("ignore_bias_buffers", False):
         raise refusal("ignore_bias_buffers=True", "it mends DDP, which does not act here", "Leave it out.")
+    check_ranges(values)
+    if values.get("packing") and values.get("max_length", 1) is None:
+        raise refusal("packing=True and max_length=null", "rows are packed up to a length", "Write --max_length N.")
     _check_data(values)
 
 

@@ -316,6 +316,8 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ({"special_tokens": {"eos_token": "<|eot|>", "bos_token": None}}, {"eos_token": "<|eot|>"}),
         ({"micro_batch_size": 2, "eval_batch_size": 3}, {
             "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}),
+        ({"micro_batch_size": 0}, {"per_device_train_batch_size": 0, "per_device_eval_batch_size": 0}),
+        ({"gradient_accumulation_steps": 0}, {"gradient_accumulation_steps": 0}),
         ({"micro_batch_size": 2, "batch_size": 8}, {
             "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 4}),
         ({"gradient_accumulation_steps": 2, "batch_size": 8}, {

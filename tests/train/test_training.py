@@ -15,7 +15,7 @@ import sys
 import termios
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -27,6 +27,8 @@ from trl.scripts.utils import DatasetConfig
 
 from hf_qlora_fsdp import cli
 from hf_qlora_fsdp.conversion import convert
+from hf_qlora_fsdp.train import ranges
+from hf_qlora_fsdp.train.arguments import ALL
 from hf_qlora_fsdp.train.command import _is_ours, exit_code, read_data
 from hf_qlora_fsdp.train.command_line import read_request
 from hf_qlora_fsdp.train.data import check_prepared
@@ -436,6 +438,14 @@ FILES = {
         ({"dataset_streaming": True}, "--max_steps N"),
         ({"report_to": "no_such_tracker"}, "pip install it"),
         ({"plot": "no/such/folder/x.png"}, "there is no folder for it"),
+        ({"plot": "model"}, "a picture is a file"),
+        ({"output_dir": "notes.md"}, "'notes.md' is a file"),
+        ({"output_dir": "notes.md/run"}, "notes.md' is a file"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "'checkpoint-7' is no folder"),
+        ({"model_revision": "v2"}, "only models of the Hub have revisions"),
+        ({"model_name_or_path": "unknown_type"}, "does not recognize"),
+        ({"model_name_or_path": "sizeless"}, "does not say num_hidden_layers"),
+        ({"packing": True, "max_length": "none"}, "Write --max_length N"),
         ({"config": "no.yaml"}, "cannot be read"),
         ({"config": "no.yaml", "axolotl": "x.yaml"}, "hf-qlora-fsdp convert"),
         ({"axolotl": "mapping.yaml"}, "no mapping of keys"),
@@ -456,6 +466,11 @@ def test_what_cannot_work_ends_with_2(
         (folder / f"{name}.yaml").write_text(text)
     (folder / "notes.md").write_text("# notes")
     (folder / "damaged.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    for name, change in {"unknown_type": {"model_type": "lama"}, "sizeless": {"num_hidden_layers": None}}.items():
+        (folder / name).mkdir(exist_ok=True)
+        options = json.loads((folder / "model" / "config.json").read_text()) | change
+        text = json.dumps({name: value for name, value in options.items() if value is not None})
+        (folder / name / "config.json").write_text(text)
     monkeypatch.chdir(folder)
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
@@ -467,6 +482,61 @@ def test_what_cannot_work_ends_with_2(
     output = capsys.readouterr()
     assert re.search(said, output.err), output.err
     assert re.search("^hf-qlora-fsdp: ", output.err, re.M) and "Traceback" not in output.err and not output.out
+
+
+IMPOSSIBLE = {
+    "lora_r": ("0", "-1"),
+    "lora_alpha": ("0", "-16"),
+    "lora_dropout": ("1", "-0.1"),
+    "per_device_train_batch_size": ("0", "-1"),
+    "per_device_eval_batch_size": ("0",),
+    "gradient_accumulation_steps": ("0", "-2"),
+    "max_length": ("0", "1", "-7"),
+    "pad_to_multiple_of": ("0", "-8", "many"),
+    "dataset_num_proc": ("0",),
+    "num_train_epochs": ("0", "-1", "inf"),
+    "max_steps": ("0", "-5"),
+    "learning_rate": ("0", "-0.5", "nan", "inf"),
+    "adam_beta1": ("1",),
+    "adam_beta2": ("-0.1",),
+    "label_smoothing_factor": ("2",),
+    "weight_decay": ("-1", "nan"),
+    "max_grad_norm": ("-1",),
+    "adam_epsilon": ("-0.1",),
+    "neftune_noise_alpha": ("-5",),
+    "router_aux_loss_coef": ("-0.1",),
+    "warmup_steps": ("-1",),
+    "seed": ("-1",),
+    "data_seed": ("-1",),
+    "dataloader_num_workers": ("-1",),
+    "logging_steps": ("0",),
+    "save_steps": ("0", "-1"),
+    "eval_steps": ("0", "-0.5"),
+    "save_total_limit": ("0", "-1"),
+    "test_split_size": ("0", "-1", "1.5"),
+}
+
+
+def test_a_number_where_upstream_also_takes_a_word(folder: Path, tmp_path: Path) -> None:
+    hints = {name: {*get_args(hint)} for kind in ALL for name, hint in get_type_hints(kind).items()}
+    assert [name for name, kinds in hints.items() if str in kinds and kinds & {int, float}] == ["pad_to_multiple_of"]
+    (tmp_path / "run.yaml").write_text("pad_to_multiple_of: 8\n")
+    for options, value in (
+        ({"config": tmp_path / "run.yaml"}, 8),
+        ({"pad_to_multiple_of": 16}, 16),
+        ({"pad_to_multiple_of": "auto"}, "auto"),
+    ):
+        assert read_request(given(folder, dataset_name="x", **options)).training == {"pad_to_multiple_of": value}
+
+
+def test_numbers_that_no_run_can_have(folder: Path) -> None:
+    assert sorted(IMPOSSIBLE) == sorted(name for names, *_ in ranges._RANGES for name in names.split())
+    for name, numbers in IMPOSSIBLE.items():
+        for number in numbers:
+            with pytest.raises(ValueError, match=f"You gave {name}=.* That cannot work: .* Write "):
+                read_request(given(folder, dataset_name="x", eval_strategy="epoch", **{name: number}))
+    possible = {"max_steps": -1, "max_length": "none", "lora_dropout": 0, "warmup_steps": 0.1, "test_split_size": 5}
+    read_request(given(folder, dataset_name="x", eval_strategy="epoch", **possible))
 
 
 def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
