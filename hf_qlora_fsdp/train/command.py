@@ -16,12 +16,14 @@ this process then, and the same command with `--resume_from_checkpoint True` goe
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shlex
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..launch import default_num_processes, is_worker, run_workers
@@ -61,8 +63,21 @@ def launch(arguments: Sequence[str]) -> int:
     check_conditions(request)
     read_data(request)
     num_processes = _num_processes(request)
-    failed = run_workers("hf_qlora_fsdp.train.command", arguments, num_processes, handed_on=_HANDED_ON)
+    with _agent_silenced():
+        failed = run_workers("hf_qlora_fsdp.train.command", arguments, num_processes, handed_on=_HANDED_ON)
     return exit_code(failed)
+
+
+@contextlib.contextmanager
+def _agent_silenced() -> Iterator[None]:
+    """Leave it to the workers, and to `exit_code`, to say how they ended: torch's agent would have the last word."""
+    log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def quieten(with_bars: bool) -> None:
@@ -240,23 +255,31 @@ class Run:
         dist.all_gather_object(peaks, progress.peak_bytes)
         if not trainer.is_world_process_zero():
             return
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         card, host = max(peak[0] for peak in peaks), sum(peak[1] for peak in peaks)
         memory = [f"{format_bytes(card)} on the fullest card"] * bool(card) + [f"{format_bytes(host)} of the host"]
         now, num_steps = len(progress.samples), str(trainer.state.global_step)
         if now < trainer.state.global_step:
             num_steps += f", {now} of them since it was resumed"
+        ranks = f"{len(peaks)} rank{'s' * (len(peaks) > 1)}"
         model, folder = str(self.request.model.model_name_or_path), str(self.args.output_dir)
         rows = [
             ("steps", f"{num_steps}, in {format_seconds(seconds)} with loading"),
-            ("tokens", f"{progress.num_tokens:,}, {progress.tokens_per_second:,.0f} a second on {len(peaks)} ranks"),
-            ("loss", f"{losses[0]:.4g} at first, {losses[-1]:.4g} at last" if losses else "not logged"),
+            ("tokens", f"{progress.num_tokens:,}, {progress.tokens_per_second:,.0f} a second on {ranks}"),
+            ("loss", _describe_loss(trainer.state.log_history)),
             ("peak memory", ", ".join(memory)),
             ("adapter", folder),
             ("curves", str(self.request.run.plot)),
             ("next", shlex.join(["hf-qlora-fsdp", "merge", model, folder, f"{folder.rstrip('/')}-merged"])),
         ]
         print(format_table([row for row in rows if row[1] != "None"], title="trained"), flush=True)
+
+
+def _describe_loss(history: Sequence[Mapping[str, Any]]) -> str:
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if losses:
+        return f"{losses[0]:.4g} at first, {losses[-1]:.4g} at last"
+    means = [entry["train_loss"] for entry in history if "train_loss" in entry]  # fewer steps than logging_steps
+    return f"{means[-1]:.4g} on average" if means else "not logged"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from hf_qlora_fsdp import cli
 from hf_qlora_fsdp.conversion import convert
 from hf_qlora_fsdp.train import ranges
 from hf_qlora_fsdp.train.arguments import ALL
-from hf_qlora_fsdp.train.command import _is_ours, exit_code, read_data
+from hf_qlora_fsdp.train.command import _describe_loss, _is_ours, exit_code, read_data
 from hf_qlora_fsdp.train.command_line import read_request
 from hf_qlora_fsdp.train.data import check_prepared
 from hf_qlora_fsdp.translation import parse_bool
@@ -233,6 +233,7 @@ def test_what_the_workers_refuse_ends_with_2_and_one_voice(
     assert done.returncode == 2, done.stderr[-4000:]
     assert len(re.findall(f"^hf-qlora-fsdp: .*{re.escape(said)}", done.stderr, re.M)) == 1
     assert ("Traceback" in done.stderr) == ("q_prof" in said)  # an error that is not ours comes with its place
+    assert "torch/distributed/elastic" not in done.stderr  # nor a word of the agent's
 
 
 # -- what is read ----------------------------------------------------------------------------------------------------
@@ -553,6 +554,14 @@ def test_errors_in_our_words_are_told_from_surprising_ones(raising: Any, ours: b
     with pytest.raises(ValueError) as error:
         raising()
     assert _is_ours(error.value) is ours
+
+
+def test_the_loss_of_a_run_that_was_too_short_to_log_one() -> None:
+    assert _describe_loss([{"loss": 2.5}, {"eval_loss": 2}, {"loss": 1.5}, {"train_loss": 2}]) == (
+        "2.5 at first, 1.5 at last"
+    )
+    assert _describe_loss([{"train_loss": 2.0}]) == "2 on average"
+    assert _describe_loss([]) == "not logged"
 
 
 def test_exit_codes() -> None:
