@@ -19,6 +19,7 @@ import yaml
 
 from ..translation import refusal
 from . import accelerate, axolotl, llama_factory
+from .yaml_files import load_yaml
 
 _Reader = Callable[[dict[Any, Any]], tuple[dict[str, object], list[str]]]
 _READERS: dict[str, tuple[frozenset[str], _Reader]] = {
@@ -78,7 +79,7 @@ def convert(path: str | Path) -> Conversion:
 def _read_file(path: Path) -> dict[Any, Any]:
     given = f"the file {str(path)!r}"
     try:
-        file = yaml.safe_load(path.read_text(encoding="utf-8"))
+        file = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise refusal(given, "there is no such file", "Correct the path.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -24,6 +24,7 @@ from trl import ScriptArguments, TrlParser
 
 from ..config import QLoRAFSDPConfig
 from ..conversion import convert
+from ..conversion.yaml_files import load_yaml
 from ..translation import refusal
 from .arguments import ALL, DataArguments, MixtureArguments, ModelArguments, Request, RunArguments, unknown_name
 from .ranges import check_ranges
@@ -118,9 +119,10 @@ def _read_files(config: str | None, axolotl: str | None) -> tuple[dict[str, Any]
 def _read_config(config: str) -> dict[str, Any]:
     """Return the options in a YAML file, and set the variables that it wants set."""
     try:
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise refusal(f"--config {config}", f"it cannot be read ({error})", "Name a YAML file of options.") from error
+        values = load_yaml(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        why = f"it cannot be read ({' '.join(str(error).split())})"
+        raise refusal(f"--config {config}", why, "Name a YAML file of options, each of them once.") from error
     environment = values.pop("env", None) or {} if isinstance(values, dict) else None
     if not isinstance(environment, dict):
         raise refusal(f"--config {config}", "it is no mapping of names to values", "Write NAME: VALUE on each line.")

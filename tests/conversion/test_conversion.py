@@ -19,6 +19,7 @@ from hf_qlora_fsdp.conversion import accelerate, axolotl_keys, convert, llama_fa
 from hf_qlora_fsdp.conversion.accelerate import read_accelerate
 from hf_qlora_fsdp.conversion.axolotl import read_axolotl
 from hf_qlora_fsdp.conversion.llama_factory import read_llama_factory
+from hf_qlora_fsdp.conversion.yaml_files import load_yaml
 from hf_qlora_fsdp.train.alpaca import to_messages, to_prompt_completion
 from hf_qlora_fsdp.train.sharegpt import to_messages as read_sharegpt
 
@@ -740,12 +741,19 @@ def test_train_reads_rows_of_these_forms(write, data, tmp_path):
         ("- base_model: a\n", "it is a list"),
         ("base_model: [\n", "cannot be read"),
         ("colour: blue\n", "none of its keys"),
+        ("base_model: a\nlora_r: 8\nlora_r: 16\n", "'lora_r' is there twice"),
+        ("datasets:\n- {path: a, path: b}\n", "'path' is there twice"),
         ("model_name_or_path: a\nuse_peft: true\n", "train --config"),
     ],
 )
 def test_a_file_that_is_none(text, words, write, capsys):
     assert main(["convert", write(text)]) == 2
     assert_three_parts(ValueError(capsys.readouterr().err), words)
+
+
+def test_a_key_may_be_repeated_with_the_same_value():
+    text = "a: &shared {x: 1}\nb: {<<: *shared, x: 2}\na: {x: 1}\n"
+    assert load_yaml(text) == {"a": {"x": 1}, "b": {"x": 2}}
 
 
 def test_a_file_that_is_missing(tmp_path, capsys):

@@ -394,6 +394,7 @@ def test_rows_with_nothing_to_learn(caplog: pytest.LogCaptureFixture) -> None:
 FILES = {
     "mapping": ("- 1\n", "no mapping"),
     "broken": ("a: [", "cannot be read"),
+    "twice": ("lora_r: 8\nlora_r: 16\n", "'lora_r' is there twice"),
     "key": ("lora_rank: 8\n", "lora_r"),
     "type": ("max_steps: 1.5\n", "invalid int value"),
     "list": ("max_steps: [1]\n", "a list is no value for it"),
