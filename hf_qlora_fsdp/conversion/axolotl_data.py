@@ -30,6 +30,8 @@ _CONVERSATIONS = {
     ("messages", "from", "value"): "sharegpt",
     ("conversations", "from", "value"): "sharegpt",
 }
+# Who may speak, by the role that the chat template knows; `sharegpt.ROLES`, the other way round.
+SPEAKERS = {"system": {"system"}, "user": {"human", "user"}, "assistant": {"gpt", "assistant"}, "tool": {"tool"}}
 # Templates of no model family: a tokenizer that is not told has another one, or none.
 _GENERIC_TEMPLATES = ("chatml", "alpaca", "metharme")
 
@@ -137,9 +139,22 @@ def _read_conversation(keys: ForeignKeys, all_trained: bool) -> dict[str, object
             why = "the end of each turn that is trained on is trained on"
             raise keys.refusal(key, where, why, "Remove it, or write turn.")
     form: dict[str, object] = {"assistant_only_loss": not all_trained}
-    if _CONVERSATIONS[place]:
-        form["dataset_format"] = _CONVERSATIONS[place]
+    renamed = _read_speakers(keys)
+    if renamed or _CONVERSATIONS[place]:
+        form["dataset_format"] = "sharegpt"
     return form
+
+
+def _read_speakers(keys: ForeignKeys) -> bool:
+    """Take `roles`, and return whether somebody speaks under another name than that of the role."""
+    roles, renamed = keys.take_mapping("roles"), False
+    for role, speakers in roles.items():
+        names = speakers if isinstance(speakers, list) else [speakers]
+        if not SPEAKERS.get(role, set()).issuperset(names):
+            why = "who speaks is known by these names alone: " + ", ".join(sorted(set().union(*SPEAKERS.values())))
+            raise keys.refusal("roles", roles, why, "Write the data with the roles system, user, assistant and tool.")
+        renamed |= any(name != role for name in names)
+    return renamed
 
 
 def _read_template(keys: ForeignKeys, name: Any, jinja: Any, used: bool) -> dict[str, object]:

@@ -250,16 +250,15 @@ _COLUMNS: Reason = (
 REFUSED_OF_DATASET: dict[str, Reason] = spread(
     (_ROWS, "shards shards_idx input_transform input_format logprobs_field temperature"),
     (("TRL loads the newest revision of a data set", "Save the data to a file and name it as path."), "revision"),
-    (_COLUMNS, "conversation field_human field_model field_tools field_thinking template_thinking_key roles"),
+    (_COLUMNS, "conversation field_human field_model field_tools field_thinking template_thinking_key"),
     (_COLUMNS, "message_field_training message_field_training_detail split_thinking drop_system_message"),
 )
 HARMLESS_OF_DATASET: dict[str, object] = {
     "field_tools": "tools",
-    "roles": {"user": ["human", "user"], "assistant": ["gpt", "assistant"], "system": ["system"], "tool": ["tool"]},
 }
 READ_OF_DATASET: dict[str, str] = spread(
     ("source", "path name split ds_type data_files"),
     ("form", "type field chat_template chat_template_jinja"),
     ("conversation", "field_messages message_field_role message_field_content message_property_mappings"),
-    ("conversation", "roles_to_train train_on_eos train_on_eot"),
+    ("conversation", "roles roles_to_train train_on_eos train_on_eot"),
 )

@@ -18,9 +18,11 @@ from hf_qlora_fsdp.cli import main
 from hf_qlora_fsdp.conversion import accelerate, axolotl_keys, convert, llama_factory_keys
 from hf_qlora_fsdp.conversion.accelerate import read_accelerate
 from hf_qlora_fsdp.conversion.axolotl import read_axolotl
+from hf_qlora_fsdp.conversion.axolotl_data import SPEAKERS
 from hf_qlora_fsdp.conversion.llama_factory import read_llama_factory
 from hf_qlora_fsdp.conversion.yaml_files import load_yaml
 from hf_qlora_fsdp.train.alpaca import to_messages, to_prompt_completion
+from hf_qlora_fsdp.train.sharegpt import ROLES
 from hf_qlora_fsdp.train.sharegpt import to_messages as read_sharegpt
 
 # The public examples of Axolotl 0.18 (commit 067b021c) that fit their model, of LLaMA-Factory and of accelerate, in our
@@ -467,6 +469,9 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         ({"message_property_mappings": {"role": "who"}}, "who"),
         ({"message_property_mappings": {"weight": "weight"}}, "weight"),
         ({"message_field_content": "words"}, "words"),
+        ({"roles": {"assistant": ["gpt", "narrator"]}}, "narrator"),
+        ({"roles": {"expert": ["gpt"]}}, "expert"),
+        ({"roles": ["user"]}, "a mapping"),
         ({"roles_to_train": ["assistant", "user"]}, "roles_to_train"),
         ({"roles_to_train": []}, "roles_to_train"),
         ({"train_on_eos": "last"}, "train_on_eos"),
@@ -581,6 +586,16 @@ def test_every_key_has_one_fate_and_those_that_are_read_are_tested():
             {"assistant_only_loss": True, "dataset_format": "sharegpt"},
         ),
         (
+            {"path": "some/rows", "type": "chat_template", "roles": {"user": ["user"], "assistant": ["assistant"]}},
+            {"path": "some/rows"},
+            {"assistant_only_loss": True, "dataset_format": None},
+        ),
+        (
+            {"path": "some/rows", "type": "chat_template", "roles": {"user": ["human", "user"], "assistant": "gpt"}},
+            {"path": "some/rows"},
+            {"assistant_only_loss": True, "dataset_format": "sharegpt"},
+        ),
+        (
             {"path": "some/rows", "type": "chat_template", "chat_template_jinja": "mine.jinja"},
             {"path": "some/rows"},
             {"chat_template_path": "mine.jinja"},
@@ -680,6 +695,7 @@ def test_alpaca_as_a_conversation():
 
 
 def test_sharegpt():
+    assert {name: role for role, names in SPEAKERS.items() for name in names} == ROLES
     turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]
     messages = [
         {"role": "system", "content": "Be brief."},
