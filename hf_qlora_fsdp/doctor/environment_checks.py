@@ -22,10 +22,6 @@ def _is_given(value: str) -> bool:
     return bool(value.strip())
 
 
-def _note(what: str, why: str, fix: str) -> Finding:
-    return note(what, why)
-
-
 @dataclass(frozen=True)
 class Variable:
     """A variable that may hurt.
@@ -92,7 +88,7 @@ VARIABLES = (
     Variable(
         "NCCL_DEBUG",
         "NCCL writes hundreds of lines.",
-        level=_note,
+        level=note,
         when=lambda value: value.upper() in ("INFO", "TRACE"),
     ),
     Variable(
@@ -101,28 +97,28 @@ VARIABLES = (
     Variable(
         "HF_QLORA_FSDP_SHARD_CACHE_DIR",
         "Quantised weights are not kept: each run reads and quantises the whole checkpoint again.",
-        level=_note,
+        level=note,
         when=lambda value: not value.strip(),
     ),
     Variable(
         "HF_HUB_OFFLINE",
         "Only models and data sets that are on this disk can be used.",
-        level=_note,
+        level=note,
     ),
     Variable(
         "TRANSFORMERS_OFFLINE",
         "The old name of HF_HUB_OFFLINE: only models that are on this disk can be used.",
-        level=_note,
+        level=note,
     ),
     Variable(
         "HF_DATASETS_OFFLINE",
         "Only data sets that are on this disk can be used.",
-        level=_note,
+        level=note,
     ),
     Variable(
         "PYTHONOPTIMIZE",
         "The checks of this package for its own mistakes are left out.",
-        level=_note,
+        level=note,
         when=lambda value: value not in ("", "0"),
     ),
 )

@@ -237,7 +237,7 @@ def _answer(check: Check, failed: set[str]) -> Iterator[Finding]:
     missing = [name for name in check.needs if name in failed]
     if missing:
         failed.add(check.name)  # for those that need it in turn
-        yield note("Not tried.", f"It needs {', '.join(missing)}, see above.")
+        yield note("Not tried.", f"It needs {', '.join(missing)}.", "Mend what is said of that above, and ask again.")
         return
     yield from _guard(check.run)
 

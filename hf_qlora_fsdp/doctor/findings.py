@@ -39,7 +39,7 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.level in LEVELS and self.what
-        assert self.level in ("ok", "note") or (self.why and self.fix), f"no reason or no remedy for: {self.what}"
+        assert self.level == "ok" or (self.why and self.fix), f"no reason or no remedy for: {self.what}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,9 +50,9 @@ def ok(what: str) -> Finding:
     return Finding("ok", what)
 
 
-def note(what: str, why: str = "") -> Finding:
+def note(what: str, why: str, fix: str) -> Finding:
     """Return what is worth knowing."""
-    return Finding("note", what, why)
+    return Finding("note", what, why, fix)
 
 
 def warning(what: str, why: str, fix: str) -> Finding:

@@ -49,7 +49,11 @@ def check_gpus() -> Iterator[Finding]:
         yield ok(f"torch {torch.__version__} for CUDA {torch.version.cuda}, driver {driver}")
     if len(listed) > torch.cuda.device_count():
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        yield note(f"torch sees {torch.cuda.device_count()} of {len(listed)} GPUs: CUDA_VISIBLE_DEVICES={hidden}")
+        yield note(
+            f"torch sees {torch.cuda.device_count()} of {len(listed)} GPUs: CUDA_VISIBLE_DEVICES={hidden}",
+            "Runs use these alone.",
+            "unset CUDA_VISIBLE_DEVICES for all of them",
+        )
     totals = set()
     for index in range(torch.cuda.device_count()):
         yield from _check_gpu(index)
@@ -57,7 +61,8 @@ def check_gpus() -> Iterator[Finding]:
     if len(totals) > 1:
         yield note(
             f"The GPUs have different amounts of memory: {sorted(totals)} GiB.",
-            "Each holds an equal share of the model, so the smallest decides; CUDA_VISIBLE_DEVICES chooses among them.",
+            "Each holds an equal share of the model, so the smallest decides.",
+            "If the larger ones are enough, export CUDA_VISIBLE_DEVICES with their numbers, as 0,1",
         )
 
 
@@ -69,6 +74,7 @@ def _explain_no_gpu(num_listed: int) -> Finding:
         return note(
             "There is no GPU (no NVIDIA driver answers).",
             "Runs use processes on the CPU: enough for trying out, and too slow for models of any size.",
+            "If there should be one, install its driver; in a container, start that with docker run --gpus all",
         )
     if torch.version.cuda is None:
         return error(
@@ -153,8 +159,8 @@ def check_links() -> Iterator[Finding]:
     if without:
         yield note(
             f"{len(without)} of {len(pairs)} ways from GPU to GPU have no peer access, the first {without[0]}.",
-            "What they send goes through host memory. Usual for consumer cards; elsewhere a setting of the host "
-            "(IOMMU, ACS, a virtual machine) may forbid it.",
+            "What they send goes through host memory, which is slower. Usual for consumer cards.",
+            "For others, look for a setting of the host that forbids it: IOMMU, ACS, a virtual machine",
         )
     slowest = float("inf")
     for first, second in pairs:

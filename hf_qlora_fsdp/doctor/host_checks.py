@@ -48,7 +48,11 @@ def check_memory() -> Iterator[Finding]:
     yield (
         ok(f"swap: {format_bytes(swap.free)} of {format_bytes(swap.total)} free")
         if swap.total
-        else note("There is no swap.", "Where memory runs out, the kernel ends a process at once (exit code -9).")
+        else note(
+            "There is no swap.",
+            "Where memory runs out, the kernel ends a process at once (exit code -9).",
+            "If a run comes near the limit: fallocate -l 32G /swapfile, chmod 600, mkswap and swapon /swapfile",
+        )
     )
 
 

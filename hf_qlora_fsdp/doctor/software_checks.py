@@ -40,7 +40,7 @@ def check_python() -> Iterator[Finding]:
     if version < OLDEST_PYTHON:
         yield error(said, "The code needs Python 3.10.", "Make a virtual environment with Python 3.10, 3.11 or 3.12.")
     elif version > NEWEST_TESTED_PYTHON:
-        yield note(said, "Newer than what the tests were run with, Python 3.12.")
+        yield note(said, "Newer than what the tests were run with.", "If in doubt, use Python 3.12.")
     else:
         yield ok(said)
     if platform.system() != "Linux":
@@ -61,7 +61,8 @@ def check_version(name: str) -> Iterator[Finding]:
     try:
         from ..compat.versions import LIBRARIES
     except ImportError:  # packaging, which compares versions, is what is missing
-        yield note(f"{name} {version}", "Without packaging, nobody can say whether that is a good version.")
+        why = "Without packaging, nobody can say whether that is a good version."
+        yield note(f"{name} {version}", why, "pip install packaging")
         return
     support = LIBRARIES[name]
     verdict = support.judge(version)
@@ -72,8 +73,8 @@ def check_version(name: str) -> Iterator[Finding]:
             f'pip install "{_requirement(name)}", or {name}=={support.tested[-1]}, which the tests were run with',
         )
     elif verdict:
-        why = f"Newer than what the tests were run with. If in doubt, {name}=={support.tested[-1]}."
-        yield note(f"{name} {version}", why)
+        fix = f'If in doubt, pip install "{_requirement(name, pinned=True)}"'
+        yield note(f"{name} {version}", "Newer than what the tests were run with.", fix)
     else:
         yield ok(f"{name} {version}" + (f" (tested: {', '.join(support.tested)})" if support.tested else ""))
 
@@ -149,7 +150,7 @@ def check_package() -> Iterator[Finding]:
             )
             return
     for missing in sorted(extras.intersection(EXTRAS)):
-        yield note(f"{missing} is not installed.", f"{EXTRAS[missing]} needs it: pip install {missing}")
+        yield note(f"{missing} is not installed.", f"{EXTRAS[missing]} needs it.", f"pip install {missing}")
     try:
         version = importlib.metadata.version("hf_qlora_fsdp")
     except importlib.metadata.PackageNotFoundError:

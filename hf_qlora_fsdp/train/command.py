@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +82,13 @@ def _agent_silenced() -> Iterator[None]:
 
 
 def quieten(with_bars: bool) -> None:
-    """Let only a terminal have the bars of datasets that are read and prepared, and only one rank."""
+    """Let only a terminal have the bars of datasets that are read and prepared, and only one rank.
+
+    A warning of transformers that is meant for PEFT and TRL (1.16), which read a property by its old name, is left out.
+    """
     from datasets import disable_progress_bars
 
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     if not with_bars:
         disable_progress_bars()
 

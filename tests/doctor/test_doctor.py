@@ -302,6 +302,8 @@ def test_the_topology_is_read() -> None:
 def test_a_finding_that_is_no_good_news_says_why_and_what_to_do() -> None:
     with pytest.raises(AssertionError, match="no reason or no remedy"):
         Finding("error", "It is broken.")
+    with pytest.raises(AssertionError, match="no reason or no remedy"):
+        Finding("note", "It is worth knowing.", "It matters.")
     text = format_finding("gpus", Finding("error", "It is broken. " * 20, "It matters.", "Mend it."))
     assert text.startswith("error    gpus           It is broken.")
     assert "why: It matters." in text and "fix: Mend it." in text
