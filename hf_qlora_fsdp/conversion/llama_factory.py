@@ -108,9 +108,12 @@ def _read_method(keys: ForeignKeys) -> None:
 
 
 def _read_precision(keys: ForeignKeys) -> None:
+    is_said = "bf16" in keys
     bf16, fp16 = keys.take_switch("bf16"), keys.take_switch("fp16")
     if bf16 and fp16:
         raise keys.refusal("fp16", True, "bf16 is on as well, and there is one dtype", "Remove one of them.")
+    if is_said and not bf16 and not fp16:
+        keys.note("bf16", bf16, "without fp16, what is computed has the dtype of the checkpoint, taken for bfloat16")
     keys.values.update({"fp16": True} if fp16 else {"bf16": True})
     fsdp = translate_fsdp(keys.take("fsdp"), keys.take_mapping("fsdp_config"))
     keys.notes += fsdp.notes

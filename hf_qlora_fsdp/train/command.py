@@ -105,6 +105,7 @@ def read_data(request: Request) -> tuple[Any, Any]:
         form=request.data.dataset_format,
         evaluate=getattr(strategy, "value", strategy) != "no",
         seed=request.training.get("seed", 42),
+        text_field=request.training.get("dataset_text_field", "text"),
     )
 
 

@@ -39,7 +39,12 @@ _FORMS = {
     "alpaca_chat": alpaca.to_messages,
     "sharegpt": sharegpt.to_messages,
 }
-_COLUMNS = {"messages", "prompt", "completion", "text", "input_ids"}
+_COLUMNS = {"messages", "prompt", "completion", "text", "input_ids", "image", "images"}
+# Columns by which rows of others are known, and what to write for them.
+_FOREIGN = (
+    ({"instruction", "output"}, "--dataset_format alpaca, or alpaca_chat for the chat template of the tokenizer"),
+    ({"conversations"}, "--dataset_format sharegpt"),
+)
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -52,6 +57,7 @@ def load_data(
     form: str | None = None,
     evaluate: bool = False,
     seed: int = 42,
+    text_field: str = "text",
 ) -> tuple[Rows, Rows | None]:
     """Load what is trained on, and what is evaluated on.
 
@@ -62,6 +68,7 @@ def load_data(
         form (`str`, *optional*): Form of all rows, of `_FORMS`, from which they are brought into one that TRL reads.
         evaluate (`bool`): Whether there is to be an evaluation.
         seed (`int`): Draws the rows that are held out.
+        text_field (`str`): Column of plain text.
     Returns:
         `tuple`: Rows to train on, and rows to evaluate on or `None`.
     Raises:
@@ -70,21 +77,38 @@ def load_data(
     streaming = script.dataset_streaming
     if mixture.datasets:
         streaming = mixture.streaming
-        train = _load_mixture(mixture, form)
+        train = _load_mixture(mixture, form, text_field)
     else:
         assert script.dataset_name is not None, "the arguments were checked"
         train = _load(script.dataset_name, script.dataset_config, script.dataset_train_split, streaming, form)
+    _check_readable(train, form, text_field)
     if not evaluate:
         return train, None
     if mixture.test_split_size is not None:
         return _hold_out(train, mixture.test_split_size, seed)
     if eval_name is not None:
-        return train, _load(eval_name, None, _only_split(eval_name, script.dataset_test_split), streaming, form)
+        test = _load(eval_name, None, _only_split(eval_name, script.dataset_test_split), streaming, form)
+        _check_readable(test, form, text_field)
+        return train, test
     assert script.dataset_name is not None, "the arguments were checked"
     return train, _load(script.dataset_name, script.dataset_config, script.dataset_test_split, streaming, form)
 
 
-def _load_mixture(mixture: DatasetMixtureConfig, form: str | None) -> Rows:
+def _check_readable(rows: Any, form: str | None, text_field: str) -> None:
+    """Refuse rows of which SFT reads nothing, with the option that would make it read them, if there is one."""
+    columns = set(rows.column_names or ())
+    if form is not None or not columns or columns & {*_COLUMNS, text_field}:
+        return
+    options = (option for known, option in _FOREIGN if known <= columns)
+    others = "--dataset_text_field COLUMN for plain text, or rename columns to prompt and completion, or messages"
+    raise refusal(
+        f"rows with the columns {', '.join(sorted(columns))}",
+        f"SFT reads messages, prompt and completion, input_ids, or text in the column {text_field!r}",
+        f"Write {next(options, others)}.",
+    )
+
+
+def _load_mixture(mixture: DatasetMixtureConfig, form: str | None, text_field: str) -> Rows:
     """Put several datasets one after the other, as `trl.get_dataset` does, each read as a single one would be."""
     parts: list[Any] = []
     for part in mixture.datasets:
@@ -94,6 +118,7 @@ def _load_mixture(mixture: DatasetMixtureConfig, form: str | None) -> Rows:
             with _reading(f"columns={part.columns} of {part.path!r}", "Write columns that it has."):
                 rows = rows.select_columns(part.columns)
         parts.append(_bring_into_form(rows, form))
+        _check_readable(parts[-1], form, text_field)
     _check_columns(mixture, parts)
     fractions = [part.fraction for part in mixture.datasets if part.fraction is not None]
     if fractions:

@@ -250,6 +250,13 @@ def test_what_is_read_and_not_used_is_said(changes):
     assert any(f"{key}: {value!r} is not used: " in note for note in notes)
 
 
+def test_a_dtype_that_is_declined_and_taken_is_said():
+    declined = read_llama_factory({**LLAMA_FACTORY, "bf16": False})
+    assert declined[0] == read_llama_factory(LLAMA_FACTORY)[0]
+    assert any(note.startswith("bf16: False is not used: ") for note in declined[1])
+    assert not any(note.startswith("bf16") for note in read_llama_factory({**LLAMA_FACTORY, "bf16": True})[1])
+
+
 def test_what_fsdp_settles_is_said():
     _, notes = read_axolotl({**AXOLOTL, "fsdp_config": {"fsdp_use_orig_params": False, "limit_all_gathers": True}})
     assert [note for note in notes if "fsdp" in note] == [

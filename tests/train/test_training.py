@@ -452,6 +452,11 @@ FILES = {
         ({"config": "no.yaml", "axolotl": "x.yaml"}, "hf-qlora-fsdp convert"),
         ({"axolotl": "mapping.yaml"}, "no mapping of keys"),
         ({"dataset_format": "alpaca"}, "a row of Alpaca"),
+        ({"dataset_name": "alpaca.jsonl"}, "Write --dataset_format alpaca, or alpaca_chat"),
+        ({"dataset_name": "sharegpt.jsonl"}, "Write --dataset_format sharegpt"),
+        ({"dataset_name": "other.jsonl"}, "Write --dataset_text_field COLUMN"),
+        ({"dataset_name": "other.jsonl", "dataset_text_field": "answer"}, "columns question, reply"),
+        ({"eval_dataset_name": "other.jsonl", "eval_strategy": "epoch"}, "Write --dataset_text_field COLUMN"),
         ({"dataset_format": "alpacca"}, "invalid choice"),
         *(({"config": f"{name}.yaml"}, said) for name, (_, said) in FILES.items()),
     ],
@@ -468,6 +473,12 @@ def test_what_cannot_work_ends_with_2(
         (folder / f"{name}.yaml").write_text(text)
     (folder / "notes.md").write_text("# notes")
     (folder / "damaged.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    for name, row in {
+        "alpaca": {"instruction": "Add.", "output": "3"},
+        "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}]},
+        "other": {"question": "Why?", "reply": "So."},
+    }.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(row))
     for name, change in {"unknown_type": {"model_type": "lama"}, "sizeless": {"num_hidden_layers": None}}.items():
         (folder / name).mkdir(exist_ok=True)
         options = json.loads((folder / "model" / "config.json").read_text()) | change
