@@ -221,12 +221,14 @@ class _Loading:
                 self._measure(modules)
                 if unit:
                     place = self.store if unit.name in self.offloaded else None
-                    shard_unit(self.model, unit, self.policy, self.mesh, ignored, place)
+                    with fail_together(f"sharding {unit.name}"):  # one rank's disk may be full
+                        shard_unit(self.model, unit, self.policy, self.mesh, ignored, place)
                 else:
                     shard_root(self.root, self.policy, self.mesh, ignored)
                 bar.update(sum(piece.num_bytes for piece in pieces))
         if self.store is not None:
-            self.store.memory.finish()
+            with fail_together("finishing the files of offloaded shards"):
+                self.store.memory.finish()
         move_buffers(self.root, self.device)
         self.report.bytes_read = self.source.count_bytes_read()
 

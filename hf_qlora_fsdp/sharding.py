@@ -42,7 +42,7 @@ from .errors import ShardingError
 from .experts.layers import fused_experts
 from .offloading.offload import HostStore, HostTensor, shard_bytes
 from .packing import PackedLinear4bit, repack
-from .ranks import log_once
+from .ranks import fail_together, log_once
 from .sharding_policy import ShardingPolicy
 from .units import format_bytes, format_dtype
 
@@ -268,14 +268,18 @@ def shard_model(model: nn.Module, policy: ShardingPolicy, device: torch.device |
         packed = repack(linear, compute_dtype=policy.param_dtype, storage_dtype=policy.param_dtype)
         setattr(model.get_submodule(parent), leaf, packed)
     del replaced
-    units, store = plan_units(base, policy.class_names), policy.make_store(device)
+    units = plan_units(base, policy.class_names)
+    with fail_together("making room for offloaded shards"):
+        store = policy.make_store(device)
     offloaded = policy.offloaded_units(units)
     for unit in units:
         for name in unit.modules:
             cast += _move(base.get_submodule(name), device, policy.param_dtype, ignored)
-        shard_unit(base, unit, policy, mesh, ignored, store if unit.name in offloaded else None)
+        with fail_together(f"sharding {unit.name}"):  # one rank's disk may be full
+            shard_unit(base, unit, policy, mesh, ignored, store if unit.name in offloaded else None)
     if store is not None:
-        store.memory.finish()
+        with fail_together("finishing the files of offloaded shards"):
+            store.memory.finish()
     cast += _move(model, device, policy.param_dtype, ignored)
     shard_root(model, policy, mesh, ignored)
     move_buffers(model, device)

@@ -17,9 +17,12 @@ import fcntl
 import json
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,7 +65,7 @@ class PinnedMemory(HostMemory):
     """Page-locked memory, registered with CUDA."""
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        mapping, region = _map_memory(num_bytes)
+        mapping, region = _map_memory(num_bytes, _PinnedMapping)
         if mapping is None:
             return region
         with contextlib.suppress(OSError):  # a hint; kernels without huge pages refuse it
@@ -76,9 +79,22 @@ class PinnedMemory(HostMemory):
                 f"{format_bytes(psutil.virtual_memory().available)} are available on this host, less if a container "
                 "limits it. Write cpu_offload_pin_memory=False, or cpu_offload_dir=PATH."
             )
-        # The mapping goes when the last tensor on it does, and must not be registered by then.
-        weakref.finalize(mapping, cudart.cudaHostUnregister, region.data_ptr()).atexit = False
+        mapping.unregister = partial(cudart.cudaHostUnregister, region.data_ptr())
         return region
+
+
+class _PinnedMapping(mmap.mmap):
+    """A mapping that goes when the last tensor on it does, and must not be registered any more by then.
+
+    The callback of a weak reference would come too late: an `mmap` unmaps first and calls it afterwards, when the
+    addresses may belong to somebody else.
+    """
+
+    unregister: Callable[[], Any] | None = None
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.unregister is not None and not is_finalizing():  # CUDA goes before Python does
+            self.unregister()
 
 
 class MappedFile(HostMemory):
@@ -120,8 +136,14 @@ class MappedFile(HostMemory):
         return torch.frombuffer(mapping, dtype=torch.uint8)
 
     def seal(self) -> None:
-        for mapping in self._unsealed:
-            mapping.flush()  # written now, its pages are clean
+        try:
+            for mapping in self._unsealed:
+                mapping.flush()  # written now, its pages are clean
+        except OSError as error:
+            raise ValueError(
+                f"cpu_offload_dir={str(self.folder)!r}: what was written there did not reach the disk "
+                f"({error.strerror}). Name a folder on another one."
+            ) from error
         self._unsealed.clear()
 
     def _open(self) -> Any:
@@ -143,10 +165,11 @@ class MappedFile(HostMemory):
 class KeptFile(MappedFile):
     """A mapped file that stays, beside a manifest that says what was written where, with checksums.
 
-    The next run with the same weights on as many ranks finds in it what it would write, and writes nothing.
+    The next run with the same weights on as many ranks finds in it what it would write, compares, and writes nothing.
+    A file that a run did not finish is ours by its manifest, too, and is written anew.
 
     Raises:
-        ValueError: The file is in use, unfinished, changed, or holds other weights.
+        ValueError: The file is in use, changed, or holds other weights.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -176,20 +199,22 @@ class KeptFile(MappedFile):
         self.written.append(entry)
         if self.saved is None:
             super().fill(stretch, content)
-        elif len(self.written) > len(self.saved) or entry[:2] != self.saved[len(self.written) - 1][:2]:
+            return
+        before = self.saved[len(self.written) - 1] if len(self.written) <= len(self.saved) else None
+        if before is None or entry[:2] != before[:2]:
             self._refuse("it holds the shards of another model")
-        elif entry != self.saved[len(self.written) - 1]:
+        if entry != before:
             self._refuse("it holds other weights")
+        read_ahead(stretch)
+        if not torch.equal(stretch, content):
+            self._refuse("its bytes are not those that were written, as if its disk were broken")
 
     def finish(self) -> None:
-        if self.saved is not None:
-            if len(self.saved) != len(self.written):
-                self._refuse("it holds the shards of another model")
-            return
-        os.fsync(self.file.fileno())
-        staged = self.manifest.with_suffix(".staged")
-        staged.write_text(json.dumps({"format": _FORMAT, "written": self.written, **_describe(self.path)}))
-        staged.replace(self.manifest)
+        if self.saved is None:
+            os.fsync(self.file.fileno())
+            self._write_manifest(self.written)
+        elif len(self.saved) != len(self.written):
+            self._refuse("it holds the shards of another model")
 
     def _open(self) -> Any:
         with contextlib.ExitStack() as on_error:
@@ -200,23 +225,44 @@ class KeptFile(MappedFile):
                 self._refuse("another run is using it")
             if _describe(self.path)["size"]:
                 self.saved = self._read_manifest()
+            if self.saved is not None:
                 log_once("The shards in %s are used again.", self.folder)
+            else:
+                self._write_manifest(None)
+                file.truncate(0)
             on_error.pop_all()
         return file
 
-    def _read_manifest(self) -> list[list[int]]:
+    def _write_manifest(self, written: list[list[int]] | None) -> None:
+        """Say what is in the file, `None` for what is not finished."""
+        staged = self.manifest.with_suffix(".staged")
+        staged.write_text(json.dumps({"format": _FORMAT, "written": written, **_describe(self.path)}))
+        staged.replace(self.manifest)
+
+    def _read_manifest(self) -> list[list[int]] | None:
+        """Return what was written, `None` if that was not finished."""
         if not self.manifest.exists():
-            self._refuse("no manifest says what is in it, so it is not ours or was never finished")
-        saved = json.loads(self.manifest.read_text())
-        if saved.get("format") != _FORMAT:
+            self._refuse("no manifest says what is in it, so it is not ours")
+        try:
+            saved = json.loads(self.manifest.read_text())
+            file_format, written = saved["format"], saved.get("written")
+            described = {name: saved.get(name) for name in ("size", "mtime_ns")}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._refuse(f"its manifest {self.manifest.name} cannot be read")
+        if file_format != _FORMAT:
             self._refuse("another version of this package wrote it")
-        if _describe(self.path) != {"size": saved["size"], "mtime_ns": saved["mtime_ns"]}:
+        if written is not None and _describe(self.path) != described:
             self._refuse("it was changed after its manifest was written")
-        return saved["written"]
+        return written
 
     def _reserve(self, start: int, num_bytes: int) -> None:
         if self.saved is None:
-            super()._reserve(start, num_bytes)
+            try:
+                super()._reserve(start, num_bytes)
+            except ValueError:  # what is there so far is of no use, and fills the disk
+                self.path.unlink(missing_ok=True)
+                self.manifest.unlink(missing_ok=True)
+                raise
         elif start + num_bytes > _describe(self.path)["size"]:
             self._refuse("it holds the shards of another model")
 
@@ -240,11 +286,11 @@ def read_ahead(region: torch.Tensor) -> None:
         _LIBC.madvise(ctypes.c_void_p(start + offset), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
-def _map_memory(num_bytes: int) -> tuple[mmap.mmap | None, torch.Tensor]:
+def _map_memory(num_bytes: int, kind: type = mmap.mmap) -> tuple[Any, torch.Tensor]:
     """Map fresh zeros; a mapping begins at a page and has the size asked for."""
     if not num_bytes:
         return None, torch.empty(0, dtype=torch.uint8)
-    mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping = kind(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mapping, torch.frombuffer(mapping, dtype=torch.uint8)
 
 

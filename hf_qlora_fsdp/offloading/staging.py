@@ -59,7 +59,10 @@ class _Slot:
         if device.type == "cpu":
             return content.clone()
         sent = content.to(device, non_blocking=True)
-        self.copied_out = self.copied_out or torch.cuda.Event()
+        if self.copied_out is None:
+            self.copied_out = torch.cuda.Event()
+        else:  # a unit that is sent twice may be sent on two streams, and the slot is free when both copies are done
+            torch.cuda.current_stream(device).wait_event(self.copied_out)
         self.copied_out.record()
         return sent
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import mmap
+import os
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from hf_qlora_fsdp import load_quantized_model
-from hf_qlora_fsdp.offloading.host_memory import HostMemory, KeptFile, MappedFile
+from hf_qlora_fsdp.offloading.host_memory import HostMemory, KeptFile, MappedFile, PinnedMemory
 from hf_qlora_fsdp.offloading.offload import HostTensor
 from hf_qlora_fsdp.sharding_policy import ShardingPolicy, spread
 from tests.test_sharding import assert_identical, compute_sharded
@@ -180,7 +184,9 @@ def test_kept_file_is_written_once(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda path: path.with_suffix(".json").unlink(), "not ours or was never finished"),
+        (lambda path: path.with_suffix(".json").unlink(), "so it is not ours"),
+        (lambda path: path.with_suffix(".json").write_text("{"), "its manifest .*json cannot be read"),
+        (lambda path: path.with_suffix(".json").write_text("[1]"), "its manifest .*json cannot be read"),
         (lambda path: path.with_suffix(".json").write_text('{"format": 0}'), "another version"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "changed after its manifest"),
         (lambda path: path.write_bytes(path.read_bytes()), "changed after its manifest"),
@@ -206,6 +212,78 @@ def test_kept_file_of_other_weights_or_in_use_is_named(tmp_path):
     with pytest.raises(ValueError, match="another model"):
         fill(KeptFile(tmp_path), contents[0])
     assert torch.equal(fill(KeptFile(tmp_path), *contents)[1], contents[1])  # none of these has changed it
+
+
+def test_kept_file_of_a_run_that_was_ended_is_written_anew(tmp_path):
+    memory, contents = KeptFile(tmp_path), drawn(5, 5000, 6000)
+    region = memory.allocate(5000)
+    memory.fill(region, contents[1][:5000])  # and this is where the process was killed
+    del memory, region
+    assert (tmp_path / "shards-00000-of-00001.bin").stat().st_size == 5000
+    memory = KeptFile(tmp_path)
+    assert not memory.is_reused and memory.path.stat().st_size == 0
+    fill(memory, *contents)
+    del memory
+    assert torch.equal(fill(KeptFile(tmp_path), *contents)[1], contents[1])
+
+
+def test_kept_file_with_a_flipped_bit_is_never_trained_on(tmp_path):
+    """What a broken disk does, with neither size nor time to show it."""
+    contents = drawn(6, 5000, 6000)
+    path = keep(tmp_path, *contents)
+    before = os.stat(path)
+    with path.open("r+b") as file:
+        file.seek(mmap.PAGESIZE * 2 + 77)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match="its bytes are not those that were written"):
+        fill(KeptFile(tmp_path), *contents)
+
+
+def load_on_a_full_disk(rank: int, folder: str, shards: str) -> tuple[str, str]:
+    """Let no file of rank 1 grow beyond 100 KB, which is what a full disk looks like from inside."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if rank == 1 else soft, hard))
+    policy = ShardingPolicy(cpu_offload=True, cpu_offload_dir=Path(shards), cpu_offload_keep_files=True)
+    try:
+        load_quantized_model(folder, policy=policy, progress=False)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return "none", ""
+
+
+def test_a_disk_that_fills_up_ends_all_ranks_with_a_reason(ranks, tmp_path):
+    """And at once: the other rank is not left in a collective."""
+    (tmp_path / "shards").mkdir()
+    first, second = ranks.run(load_on_a_full_disk, make_checkpoint(tmp_path / "model"), str(tmp_path / "shards"))
+    assert (first[0], second[0]) == ("RankError", "ValueError")
+    assert "has no room for this rank's shards" in second[1]
+    assert "Rank 1 failed while sharding" in first[1] and second[1] in first[1]
+    assert not list((tmp_path / "shards").glob("shards-00001*")), "what was written before would fill the disk"
+
+
+def test_memory_is_unregistered_while_it_is_still_mapped(monkeypatch):
+    """Afterwards, its addresses may be those of another mapping."""
+    calls: list[tuple[str, bool]] = []
+
+    def note(call: str, address: int) -> int:
+        lines = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        calls.append((call, any(int(start, 16) <= address < int(end, 16) for start, end in lines)))
+        return 0
+
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: note("register", address),
+        cudaHostUnregister=lambda address: note("unregister", address),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    part = PinnedMemory().allocate(1 << 26)[5:10]
+    assert calls == [("register", True)] and not part.any()
+    del part
+    assert calls == [("register", True), ("unregister", True)]
 
 
 def test_folder_that_is_missing_or_closed_or_full(tmp_path, monkeypatch):

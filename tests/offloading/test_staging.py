@@ -110,6 +110,22 @@ def test_only_the_staging_thread_copies_on_several_cores(units):
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.gpu
+def test_a_slot_is_kept_until_it_was_copied_out_on_every_stream():
+    """Sent twice, first on a stream that is busy: the slot is not filled with the next unit before both copies."""
+    device = torch.device("cuda")
+    units = [Unit(number) for number in range(NUM_SLOTS + 1)]
+    ring, busy = StagingRing(device, LARGEST), torch.cuda.Stream()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(1_000_000_000)  # half a second
+        late = ring.fetch(units[0])
+    early = ring.fetch(units[0])
+    for unit in units[1:]:
+        ring.fetch(unit)
+    torch.cuda.synchronize()
+    assert torch.equal(early.cpu(), units[0].region) and torch.equal(late.cpu(), units[0].region)
+
+
 def count_pages_in_memory(region: torch.Tensor) -> int:
     pages = (ctypes.c_ubyte * (-(-region.numel() // mmap.PAGESIZE)))()
     assert ctypes.CDLL(None).mincore(ctypes.c_void_p(region.data_ptr()), ctypes.c_size_t(region.numel()), pages) == 0
