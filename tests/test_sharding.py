@@ -12,12 +12,16 @@ B is not zero in any of them: with the usual start every gradient of A is zero, 
 
 from __future__ import annotations
 
+import time
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -442,3 +446,50 @@ def shard_what_is_not_quantised(rank: int, folder: str) -> str:
 def test_models_in_16_bits_are_refused(ranks, tmp_path):
     for message in ranks.run(shard_what_is_not_quantised, make_checkpoint(tmp_path)):
         assert message.startswith("The LlamaForCausalLM passed as model is not quantised") and "load_in_4bit" in message
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+class CountedAllGather(DefaultAllGather):
+    """Counts the buffers that are there at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.most = self.total = 0
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        deadline = time.monotonic() + 2
+        while self.alive and time.monotonic() < deadline:
+            time.sleep(0.001)  # gloo's thread lets go of the buffers in its own time
+        buffer = super().allocate(size, dtype=dtype, device=device)
+        self.alive += 1
+        self.total += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(buffer, self._forget)
+        return buffer
+
+    def _forget(self) -> None:
+        self.alive -= 1
+
+
+def count_buffers(rank: int, folder: str, offload: bool) -> tuple[int, int, int]:
+    model = load_quantized_model(
+        folder, peft_config=LoraConfig(**LORA), policy=ShardingPolicy(cpu_offload=offload), progress=False
+    )
+    checkpoint_activations(model)
+    counted = CountedAllGather()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(counted)
+    step(model.train(), INPUT_IDS[rank : rank + 1])
+    return counted.total, counted.most, counted.alive
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_one_unit_at_a_time_lies_in_a_buffer(ranks, tmp_path, offload):
+    """FSDP alone keeps that of the unit which computes until the next one has been gathered into another."""
+    folder = make_checkpoint(tmp_path, num_hidden_layers=3)
+    for total, most, alive in ranks.run(count_buffers, folder, offload):
+        assert total >= 3 + 3 + 2  # layers twice, embedding, and norm and head
+        assert most == 1 and alive <= 1  # of the last one gloo may not have let go

@@ -7,16 +7,17 @@ passes from layer to layer, and `trial` for what a layer takes while it computes
 
     load             shards so far + one unit whole + one tensor or the unit's shards
     embedding        R + 2 E
-    layer i          R + 2 U + i x + trial.forward
-    loss             R + 2 H + L x + norm + one tile of logits
+    gathering i      R + 2 U + i x
+    layer i          R +   U + i x + trial.forward
+    gathering head   R + 2 H + L x
+    loss             R +   H + L x + norm + one tile of logits
     loss, backward   R +   H + L x + norm + one tile + gradient in float32
     layer i, back    R + 2 U + i x + trial.backward + gradients of the layers above
     optimizer        R + all gradients
 
-**2 U.** FSDP2 gathers into one buffer and copies out into the parameters. In the forward it keeps the buffer until the
-next unit's copy, so that the copy need not be waited for; at the loss there is no next unit. In the backward the buffer
-is that of the next unit, gathered ahead. One rank gathers nothing and copies once. A head that is tied to the embedding
-stays gathered with it for the whole step.
+**2 U.** FSDP2 gathers into one buffer and copies out into the parameters. In the forward that buffer is freed before
+the unit computes (`sharding_policy.py`). In the backward it is that of the next unit, gathered ahead. One rank gathers
+nothing and copies once. A head that is tied to the embedding stays gathered with it for the whole step.
 
 **x.** With checkpointing it is all that a layer keeps. Offloaded, the last five tensors are left on the card in the
 forward, since they may still be on their way (at the loss three of these are the norm's), and the layer's own in the
@@ -233,20 +234,21 @@ def _step(weight: ModelWeight, settings: Settings, held: Counter[str]) -> Iterat
     kept = 0
     for index, (layer, trial) in enumerate(layers):
         lower = min(kept, (STASH - 1) * trial.kept + leaf) if settings.activation_offloading else kept + leaf
-        gathered = stays + twice * layer.parts.gathered(ranks)
-        yield _moment(f"layer {index}", held, {"gathered units": gathered, "kept activations": lower}, trial.forward)
+        for name, count, computing in (("gathering", twice, {}), ("layer", 1, trial.forward)):
+            sizes = {"gathered units": stays + count * layer.parts.gathered(ranks), "kept activations": lower}
+            yield _moment(f"{name} {index}", held, sizes, computing)
         kept += trial.kept
     if settings.activation_offloading:
         kept = min(kept, STASH_AT_LOSS * max(trial.kept for _, trial in layers))
 
     norm = try_norm(weight, batch=settings.batch, seq=settings.seq, use_liger_kernel=settings.use_liger_kernel)
     tile = min(tokens, TILE_TOKENS) * TILE_WORDS * itemsize
-    last = head or layers[-1][0]
-    buffer = last.parts.gathered(ranks) if ranks > 1 else 0
     whole = head.parts.gathered(ranks) if head else stays
+    gathered = twice * whole if head else whole
+    yield _moment("gathering head", held, {"gathered units": gathered, "kept activations": kept + leaf})
     around = {"kept activations": kept + leaf + norm.kept}
     # The norm's output, and of it the rows that count.
-    forward = {"gathered units": whole + buffer, "loss": tile + 2 * hidden * itemsize}
+    forward = {"gathered units": whole, "loss": tile + 2 * hidden * itemsize}
     yield _moment("loss", held, forward | around)
     # These rows again, their gradient in float32, and that cast to their dtype.
     end = head or embedding

@@ -175,7 +175,7 @@ START = Settings(num_ranks=2, ranks_per_host=2, seq=1024, batch=2)
         ([{"cpu_offload": True, "cpu_offload_layers": count} for count in (1, 8, 32, None)], "host", +1),
         ([{"activation_offloading": False}, {"activation_offloading": True}], "card", -1),
         ([{"cpu_offload": True}, {"cpu_offload": True, "cpu_offload_pin_memory": False}], "host", +1),
-        ([{"use_liger_kernel": False}, {"use_liger_kernel": True}], "card", -1),
+        ([{"use_liger_kernel": False, "batch": 16}, {"use_liger_kernel": True, "batch": 16}], "card", -1),
         ([{"fuse_lora": True}, {"fuse_lora": False, "batch": 8}], "card", +1),
     ],
 )
