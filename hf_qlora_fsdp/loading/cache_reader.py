@@ -43,8 +43,8 @@ class ShardCache:
         self.damaged: list[str] = []
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-            self.checksums: dict[str, list[int]] = manifest["checksums"]
-            sizes: dict[str, int] = manifest["files"]
+            self.checksums = {name: list(sums) for name, sums in manifest["checksums"].items()}
+            sizes = {name: int(size) for name, size in manifest["files"].items()}
             if (manifest["facts"], manifest["block_bytes"]) != (facts, BLOCK_BYTES):
                 raise ValueError("it describes another cache")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,7 +101,7 @@ class ShardCache:
             self.damaged.append(file)
             logger.warning(
                 "%r in %s of the shard cache is damaged: %s. It is made anew from the checkpoint, and the cache is "
-                "removed; the next load writes another.",
+                "removed where that is allowed; the next load then writes another.",
                 name,
                 file,
                 error,

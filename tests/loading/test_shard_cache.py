@@ -377,6 +377,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing": ("rank-0.safetensors", Path.unlink, "rank-0.safetensors is missing"),
     "no manifest": ("manifest.json", Path.unlink, "manifest.json cannot be used"),
     "broken manifest": ("manifest.json", lambda path: os.truncate(path, 100), "manifest.json cannot be used"),
+    "manifest of other contents": (
+        "manifest.json",
+        lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"files": ["rank-0.safetensors"]})),
+        "manifest.json cannot be used",
+    ),
     "another checksum": ("manifest.json", change_checksum, "'model.norm.weight' in"),
 }
 
