@@ -274,6 +274,22 @@ def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def linear_routers(model: nn.Module, experts: Iterable[str]) -> Iterator[str]:
+    """Yield the names of linear layers that choose experts: a `router` or `gate` beside them, or what is in one.
+
+    Most families have a module of another kind there, which nobody takes for a linear layer.
+
+    Args:
+        model (`nn.Module`): The model.
+        experts (`Iterable[str]`): Names of its modules of experts.
+    """
+    for name in experts:
+        block = name.rpartition(".")[0]
+        for path, module in model.get_submodule(block).named_modules():
+            if isinstance(module, nn.Linear) and {"router", "gate"} & set(path.split(".")):
+                yield f"{block}.{path}"
+
+
 def check_supported(experts: nn.Module) -> None:
     """Refuse a module of experts that `Experts4bit` cannot stand in for.
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..anatomy import build_meta_model
-from ..experts.layers import Experts4bit, fused_experts
+from ..experts.layers import Experts4bit, fused_experts, linear_routers
 from ..packing import repack
 from ..ranks import log_once
 from ..sharding import check_storage_dtype, float32_parameters
@@ -83,6 +84,8 @@ def pack_linear_layers(
 ) -> Any:
     """Put packed 4-bit layers, in place, where upstream would put those of bitsandbytes.
 
+    Routers stay in 16 bits. Where one is a linear layer, upstream would take it for one of the others.
+
     Args:
         model (`PreTrainedModel`): The model, on the meta device.
         quantization (`BitsAndBytesConfig`): How its weights are or will be quantised.
@@ -92,6 +95,11 @@ def pack_linear_layers(
     Returns:
         Upstream's quantizer, which knows what was left alone.
     """
+    routers = list(linear_routers(model, [name for name, _ in fused_experts(model)]))
+    if routers and not pre_quantized:  # a stored one is in the bits that it is stored in
+        skipped = quantization.llm_int8_skip_modules
+        named = get_keys_to_not_convert(model) if skipped is None else skipped
+        quantization.llm_int8_skip_modules = sorted({*named, *routers})
     quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=pre_quantized)
     quantizer.preprocess_model(model=model, device_map=None, dtype=compute_dtype)
     for name, module in list(model.named_modules()):
