@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners import lora
 from torch import nn
 
@@ -56,6 +57,25 @@ class ParamWrapper(lora.ParamWrapper):
     It has PEFT's name because PEFT asks for it (`_inject_parameters` in peft/tuners/tuners_utils.py). PEFT makes it
     instead of its own where a config says so: `config._register_custom_module({Experts4bit: ParamWrapper})`.
     """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, parameter_name: str | None, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        if parameter_name is None:
+            raise ValueError(
+                f"peft_config has target_modules={config.target_modules!r}, by which experts are adapted as modules, "
+                "but they are parameters. Use target_modules='all-linear', or leave them out there and add "
+                "target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']."
+            )
+        wanted = {name: getattr(config, name) for name in ("use_dora", "lora_bias", "lora_dropout", "fan_in_fan_out")}
+        for name, value in wanted.items():
+            if value:
+                raise ValueError(
+                    f"peft_config has {name}={value}, and adapts {parameter_name!r} of experts, for which PEFT has no "
+                    f"such thing. Leave {name} out, or adapt attention alone, with "
+                    "target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']."
+                )
+        super().__init__(base_layer, adapter_name, parameter_name, config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         experts: Any = self.get_base_layer()

@@ -17,6 +17,7 @@ loses half of all updates at a learning rate of 2e-5), and every rank starts fro
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
@@ -25,12 +26,14 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import ParamWrapper as StockParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..experts.layers import Experts4bit
+from ..experts.layers import PROJECTIONS, Experts4bit, linear_routers
 from ..experts.lora import ParamWrapper
+from ..packing import PackedLinear4bit
 from ..ranks import log_once
 
 _INITIALISATIONS_WITHOUT_BASE = (True, False, "gaussian")
@@ -67,6 +70,11 @@ def check_peft_config(config: PeftConfig) -> None:
             bool(config.target_parameters and config.lora_dropout),
             "PEFT has no dropout for parameters, and would not load the adapter again. Use lora_dropout=0",
         ),
+        "target_parameters and layers_to_transform": (
+            bool(config.target_parameters and config.layers_to_transform is not None),
+            "PEFT would adapt the parameters of all layers. Name those that are meant, such as "
+            "target_parameters=['layers.0.mlp.experts.down_proj']",
+        ),
         "layer_replication": (
             bool(config.layer_replication),
             "it repeats decoder layers that are read only once. Leave it out",
@@ -87,14 +95,18 @@ def inject_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         ValueError: Copies of tied weights would have to stay tied.
     """
     packed_experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts4bit)}
-    wants_all = bool(packed_experts) and str(config.target_modules).lower() == "all-linear"
+    asked = config.target_modules
+    wants_all = bool(packed_experts) and str(asked).lower() == "all-linear"
     if packed_experts:
         _target_experts(model, config, packed_experts)
     with torch.random.fork_rng(devices=[]):  # PEFT draws weights here that are on the meta device a moment later
         peft_model = get_peft_model(model, config)
     _refuse_stock_wrappers(peft_model)
+    _refuse_packed_copies(peft_model)
     if wants_all:
-        _say_targets(peft_model)
+        _say_targets(peft_model, config, packed_experts)
+    elif asked and not isinstance(asked, str):
+        _say_unmatched(peft_model, config, set(asked), packed_experts)
     tied = sorted({name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair})
     for name in tied if config.ensure_weight_tying else ():
         if isinstance(model.get_submodule(name), ModulesToSaveWrapper | LoraLayer):
@@ -124,30 +136,73 @@ def _target_experts(model: PreTrainedModel, config: LoraConfig, packed_experts: 
             "or name the modules to adapt, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
         )
     head = model.get_output_embeddings()
+    routers = set(linear_routers(model, packed_experts))
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and module is not head and name not in routers
     }
-    targets = {
-        ".".join([*name.split(".")[-2:], projection])
-        for name, experts in packed_experts.items()
-        for projection in experts.layouts
-    }
-    config.target_modules, config.target_parameters = linear, sorted(targets)
+    linear = {name for name in linear if not _means_experts(name, model)}
+    every = [f"{name}.{projection}" for name, experts in packed_experts.items() for projection in experts.layouts]
+    # PEFT asks exclude_modules about modules alone.
+    kept = [name for name in every if not _is_named(name.rpartition(".")[0], config.exclude_modules)]
+    # By what all layers have in common, unless the experts of some are left out.
+    targets = {".".join(name.split(".")[-3:]) for name in kept} if kept == every else set(kept)
+    config.target_modules, config.target_parameters = linear, sorted(targets) or None
 
 
-def _say_targets(model: PeftModel) -> None:
+def _means_experts(name: str, model: PreTrainedModel) -> bool:
+    """Return whether PEFT takes the name of a layer for that of a projection of experts, and gives it twice the rank.
+
+    It does so where experts had layers of that name before they were fused, for the layers of that name that there are
+    beside them too: in layers that are dense, and as shared experts.
+    """
+    alone = LoraConfig(target_modules={name})
+    try:
+        convert_peft_config_for_transformers(alone, model, None)
+    except ValueError:  # one of two that were fused, gate_proj without up_proj
+        return True
+    return name not in (alone.target_modules or ())
+
+
+def _is_named(name: str, given: str | Collection[str] | None) -> bool:
+    """Return whether a module is among those that a field of PEFT's config gives: a pattern, or ends of names."""
+    if isinstance(given, str):
+        return re.fullmatch(given, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in given or ())
+
+
+def _say_unmatched(model: PeftModel, config: LoraConfig, asked: set[str], packed_experts: Collection[str]) -> None:
+    """Say which of the modules to adapt are not there, which PEFT tells only if none is."""
+    base = model.get_base_model()
+    # What experts were called before they were fused, PEFT has moved to target_parameters by now.
+    left = sorted(asked & set(config.target_modules or ()))
+    unmatched = [name for name in left if not any(_is_named(module, [name]) for module, _ in base.named_modules())]
+    if unmatched:
+        experts = (
+            " Its experts are adapted with target_modules='all-linear', or with target_parameters="
+            f"{[f'mlp.experts.{name}' for name in PROJECTIONS]}."
+        )
+        log_once(
+            "target_modules has %s, of which %s has none: nothing is adapted in their place.%s",
+            ", ".join(unmatched),
+            type(base).__name__,
+            experts if packed_experts else "",
+        )
+
+
+def _say_targets(model: PeftModel, config: LoraConfig, packed_experts: Collection[str]) -> None:
     """Say what "all-linear" has come to mean.
 
     PEFT takes the names of projections that are in experts as well for those of the experts alone, whatever the
     config says (`_convert_peft_config_moe`), and leaves dense layers and shared experts beside them out.
     """
     adapted, left_out = set(), set()
-    head = model.get_base_model().get_output_embeddings()
+    base = model.get_base_model()
+    head, routers = base.get_output_embeddings(), set(linear_routers(base, packed_experts))
     inside: tuple[str, ...] = ()
-    for name, module in model.get_base_model().named_modules():
-        if name.startswith(inside):
+    for name, module in base.named_modules():
+        if name.startswith(inside) or name in routers or _is_named(name, config.exclude_modules):
             continue
         if isinstance(module, LoraLayer):
             inside += (f"{name}.",)
@@ -155,9 +210,11 @@ def _say_targets(model: PeftModel) -> None:
         elif isinstance(module, nn.Linear) and module is not head:
             left_out.add(re.sub(r"^.*\.\d+\.", "", name))
     log_once(
-        "target_modules='all-linear': LoRA on %s, each expert's included. Routers stay as they are%s.",
+        "target_modules='all-linear': LoRA on %s%s. Routers stay as they are%s%s.",
         ", ".join(sorted(adapted)),
+        ", each expert's included" if config.target_parameters else "",
         f", and so do {', '.join(sorted(left_out))}, which PEFT cannot tell from experts" if left_out else "",
+        f"; exclude_modules={config.exclude_modules!r} too" if config.exclude_modules else "",
     )
 
 
@@ -169,6 +226,20 @@ def _refuse_stock_wrappers(model: PeftModel) -> None:
                 f"peft_config adapts {module.parameter_name!r} of {name!r} through target_parameters, which is done "
                 "for experts in 4 bits only. Use target_modules for linear layers, and modules_to_save for a router, "
                 "which is then trained whole."
+            )
+
+
+def _refuse_packed_copies(model: PeftModel) -> None:
+    """Refuse to train 4-bit weights whole: the copy would be the bytes of their codes, taken for numbers."""
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and any(
+            isinstance(part, PackedLinear4bit | Experts4bit) for part in module.original_module.modules()
+        ):
+            raise ValueError(
+                f"peft_config has modules_to_save={sorted(model.peft_config[model.active_adapter].modules_to_save)}, "
+                f"which trains {name!r} whole, but its weights are in 4 bits, of which there is no gradient. Name what "
+                "is in 16 bits, such as the head, the embedding, norms or a router, and adapt the rest with LoRA; or "
+                "leave it in 16 bits, by llm_int8_skip_modules in quantization_config."
             )
 
 

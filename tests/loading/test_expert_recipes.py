@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from hf_qlora_fsdp.experts.layers import PROJECTIONS, Experts4bit, fused_experts
 from hf_qlora_fsdp.loader import load_quantized_model
-from hf_qlora_fsdp.loading.adapters import inject_adapter
+from hf_qlora_fsdp.loading.adapters import check_peft_config, inject_adapter
 from hf_qlora_fsdp.loading.blueprint import build_quantized_meta_model
 from hf_qlora_fsdp.loading.random_weights import draw_weights
 from hf_qlora_fsdp.loading.sources import Piece, Slot, plan_checkpoint
@@ -153,13 +153,50 @@ def test_all_linear_means_experts_too(tmp_path: Path, model_type: str, caplog: p
     assert f"LoRA on {names}, each expert's included. Routers stay as they are.\n" in caplog.text
 
 
-# PEFT 0.21 writes these patterns itself, and looks for what they match among modules alone, not among parameters.
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_dense_layers_that_peft_leaves_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = make_moe("qwen3_moe", mlp_only_layers=[0])
-    model.save_pretrained(tmp_path)
-    inject_adapter(build(tmp_path), LoraConfig(r=4, target_modules="all-linear"))
+    """And the experts have the rank that was asked for, of which PEFT makes twice as much where it confuses both."""
+    make_moe("qwen3_moe", mlp_only_layers=[0]).save_pretrained(tmp_path)
+    model = inject_adapter(build(tmp_path), LoraConfig(r=4, target_modules="all-linear"))
     assert "and so do mlp.down_proj, mlp.gate_proj, mlp.up_proj, which PEFT cannot tell from experts." in caplog.text
+    experts: Any = model.base_model.model.model.layers[1].mlp.experts
+    assert (experts.r, experts.base_layer.r) == ({"default": 4}, {"default": 4})
+
+
+def test_a_router_that_is_a_linear_layer_stays_in_16_bits_and_frozen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_moe("afmoe", num_dense_layers=1).save_pretrained(tmp_path)
+    built = build(tmp_path)
+    assert type(built.model.layers[1].mlp.router.gate) is torch.nn.Linear
+    assert type(built.model.layers[1].mlp.shared_experts.up_proj) is not torch.nn.Linear
+    assert type(built.lm_head) is torch.nn.Linear
+    model = inject_adapter(built, LoraConfig(r=4, target_modules="all-linear"))
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and "router" in name]
+    assert "router" not in caplog.text
+
+
+def test_modules_that_are_excluded_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    excluded = ["o_proj", "layers.0.mlp.experts"]
+    make_moe("mixtral").save_pretrained(tmp_path)
+    model = inject_adapter(build(tmp_path), LoraConfig(r=4, target_modules="all-linear", exclude_modules=excluded))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.partition("layers.")[2][0] for name in trained if "experts" in name} == {"1"}
+    assert not [name for name in trained if "o_proj" in name]
+    assert "Routers stay as they are; exclude_modules=" in caplog.text
+    every = build(tmp_path)
+    inject_adapter(every, LoraConfig(r=4, target_modules="all-linear", exclude_modules=["experts"]))
+    assert not [name for name, p in every.named_parameters() if p.requires_grad and "experts" in name]
+
+
+@pytest.mark.parametrize(("model_type", "said"), [("gpt_oss", True), ("qwen3_moe", False)])
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_modules_that_are_not_there_are_named(
+    tmp_path: Path, model_type: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT knows what the experts of a Qwen were called; those of gpt-oss never were layers."""
+    found = adapted(tmp_path, model_type, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    assert said == ("target_modules has down_proj, gate_proj, up_proj, of which GptOssForCausalLM has" in caplog.text)
+    assert said == ("mlp.experts.lora_A.default.weight" not in found)
 
 
 def test_attention_alone_and_a_router_that_is_asked_for(tmp_path: Path) -> None:
@@ -173,10 +210,21 @@ def test_attention_alone_and_a_router_that_is_asked_for(tmp_path: Path) -> None:
     [
         ({"target_modules": "all-linear", "lora_dropout": 0.1}, "lora_dropout=0.1.*no dropout.*name the modules"),
         ({"target_parameters": ["mlp.gate.weight"]}, "adapts 'weight' of .*mlp.gate.*modules_to_save for a router"),
+        ({"target_modules": ["experts"]}, r"\{'experts'\}.*they are parameters.*target_parameters="),
+        ({"target_modules": "all-linear", "use_dora": True}, "use_dora=True.*Leave use_dora out.*attention alone"),
+        ({"target_modules": ["w1", "w2", "w3"], "lora_dropout": 0.1}, "lora_dropout=0.1.*attention alone"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["experts"]}, r"mlp.experts' whole.*in 4 bits.*LoRA"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["k_proj"]}, r"k_proj' whole.*in 4 bits.*LoRA"),
+        (
+            {"target_parameters": ["mlp.experts.down_proj"], "layers_to_transform": [0]},
+            r"layers_to_transform.*all layers.*layers\.0\.mlp",
+        ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_what_experts_do_not_take_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
+        check_peft_config(LoraConfig(r=4, **options))
         adapted(tmp_path, "mixtral", **options)
 
 
