@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -120,7 +121,8 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert query.shape[0] == 1, "packed sequences lie in one row"
-    if query.is_cuda and can_use_varlen(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]):
+    heads, head_dims = (query.shape[1], key.shape[1]), (query.shape[3], value.shape[3])
+    if query.is_cuda and can_use_varlen(query.device, query.dtype, *heads, *head_dims):
         return _attend_varlen(query, key, value, cu_seq_lens_q, int(max_length_q or 0), dropout, scaling)[None], None
     return _attend_in_turn(query, key, value, cu_seq_lens_q, dropout, scaling)[None], None
 
@@ -163,24 +165,41 @@ def _attend_in_turn(
 
 
 @functools.cache
-def can_use_varlen(device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
-    """Return whether the kernel runs on this device and agrees with SDPA, output and gradients; it is tried here."""
+def can_use_varlen(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
+) -> bool:
+    """Return whether the kernel runs on this device and agrees with SDPA, output and gradients; it is tried here.
+
+    That is in the first forward that needs it: within a layer, and within what is around one. Gradient checkpointing
+    counts what is saved there, and runs the layer again when something is asked for; what the trial saves is not its
+    business (the innermost hooks alone see it). Nor is it that of inference mode, or of autocast.
+    """
     try:
-        generator = torch.Generator(device).manual_seed(0)
-        query, key, value, grad = (
-            torch.randn(1, heads, 24, head_dim, device=device, dtype=dtype, generator=generator)
-            for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
-        )
-        starts = torch.tensor([0, 7, 8, 24], dtype=torch.int32, device=device)
-        results = []
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+        ):
+            generator = torch.Generator(device).manual_seed(0)
+            query, key, value, grad = (
+                torch.randn(1, heads, 24, size, device=device, dtype=dtype, generator=generator)
+                for heads, size in (
+                    (num_heads, head_dim),
+                    (num_kv_heads, head_dim),
+                    (num_kv_heads, value_dim),
+                    (num_heads, value_dim),
+                )
+            )
+            starts = torch.tensor([0, 7, 8, 24], dtype=torch.int32, device=device)
+            results = []
             for is_varlen in (True, False):
                 q, k, v = inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
                 if is_varlen:
                     out = _attend_varlen(q, k, v, starts, 16, 0.0, None)
                 else:
                     out = _attend_in_turn(q, k, v, starts, 0.0, None)
-                results.append([out, *torch.autograd.grad(out, inputs, grad[0].transpose(0, 1))])
+                results.append([out.detach(), *torch.autograd.grad(out, inputs, grad[0].transpose(0, 1))])
         apart = max(float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True))
         if apart <= _MOST_APART:
             return True

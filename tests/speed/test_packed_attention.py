@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
 from hf_qlora_fsdp.speed import packed_attention
@@ -148,13 +149,39 @@ def test_the_trainer_uses_it(ranks: RankPool, tmp_path: Any) -> None:
     assert results[0]["loss"] == pytest.approx(mean, rel=2**-20, abs=0)
 
 
+@pytest.mark.parametrize("around", ["checkpointing", "inference mode"])
+def test_the_kernel_is_tried_without_regard_to_what_is_around(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried in the first forward of a layer. The kernel itself is for GPUs alone, so SDPA stands in for it."""
+    in_turn = packed_attention._attend_in_turn
+    monkeypatch.setattr(
+        packed_attention, "_attend_varlen", lambda q, k, v, starts, longest, *rest: in_turn(q, k, v, starts, *rest)
+    )
+    can_use_varlen.cache_clear()
+    said: list[bool] = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        h = x.exp()
+        said.append(can_use_varlen(torch.device("cpu"), torch.float32, 4, 2, 8, 16))
+        return h.exp()
+
+    x = torch.ones(3, requires_grad=True)
+    if around == "checkpointing":
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        assert torch.equal(x.grad, torch.autograd.grad(x.exp().exp().sum(), x)[0])
+    else:
+        with torch.inference_mode():
+            layer(x)
+    can_use_varlen.cache_clear()
+    assert said and all(said)
+
+
 # ---- On a GPU --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_the_kernel_for_lengths(num_kv_heads: int) -> None:
-    assert can_use_varlen(torch.device("cuda", 0), torch.bfloat16, 4, num_kv_heads, 64)
+    assert can_use_varlen(torch.device("cuda", 0), torch.bfloat16, 4, num_kv_heads, 64, 64)
     generator = torch.Generator("cuda").manual_seed(0)
     starts = torch.tensor([0, 300, 301, 512], dtype=torch.int32, device="cuda")
     shapes = [(1, heads, 512, 64) for heads in (4, num_kv_heads, num_kv_heads)]
