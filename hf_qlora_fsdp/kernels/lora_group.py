@@ -18,6 +18,7 @@ import itertools
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .lora_linear import LoraWeights, add_products, backward_to_b
 
@@ -46,6 +47,7 @@ class _LoraGroup(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *dys):
         layers, scalings = ctx.layers, ctx.scalings
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]

@@ -13,7 +13,8 @@ In bfloat16 that is 1.7e-3 off in place of PEFT's 2.4e-3 where the adapter adds 
 
 **What is kept for the backward** is x itself, which other layers that read it keep as well, and h, which is thin. The
 16-bit weight is made again, and the packed one, A and B are fetched from their modules again: FSDP has gathered them
-anew by then, and what autograd keeps would be copied to the host by activation offloading.
+anew by then, and what autograd keeps would be copied to the host by activation offloading. Gradients of gradients
+would miss all that is not kept by autograd, so asking for one is an error.
 
 Shape suffixes: T tokens, N out_features, K in_features, R rank.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class LoraWeights:
@@ -98,6 +100,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         weights, scaling = ctx.weights, ctx.scaling
         needs_x, needs_a, needs_b, _, _ = ctx.needs_input_grad

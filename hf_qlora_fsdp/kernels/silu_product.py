@@ -24,6 +24,7 @@ from types import ModuleType
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from ..ranks import log_once
 
@@ -49,6 +50,7 @@ class SiluOfHalves(torch.autograd.Function):
         return silu_product(*y_SI2.chunk(2, dim=1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dm_SI: torch.Tensor) -> torch.Tensor:
         (y_SI2,) = ctx.saved_tensors
         dy_SI2 = torch.empty_like(y_SI2)

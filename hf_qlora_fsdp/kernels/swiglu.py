@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .lora_linear import (
     LoraWeights,
@@ -45,6 +46,7 @@ class _Gated(torch.autograd.Function):
         return silu_product(g, u)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dm):
         # What checkpointing has made again can be taken once, and `_Down` has.
         (x, g, u, gate_h, up_h), ctx.handed_on = ctx.handed_on, None
@@ -93,6 +95,7 @@ class _Down(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         down, scaling, gated = ctx.down, ctx.scaling, ctx.gated
         _, needs_a, needs_b, *_ = ctx.needs_input_grad

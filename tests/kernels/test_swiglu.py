@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from hf_qlora_fsdp.kernels.lora_group import apply_lora_group
 from hf_qlora_fsdp.kernels.silu_product import SiluOfHalves, silu_product, silu_product_gradients
 from hf_qlora_fsdp.packing import repack
 from hf_qlora_fsdp.speed.fusion import FusedMLP, fuse_lora, unfuse_lora
@@ -187,6 +193,61 @@ def test_product_with_silu_and_its_gradients(dtype):
     for mine, theirs in zip(computed, 2 * expected, strict=True):
         # Two roundings, and some more in float32; gradients by the largest term, which others may cancel.
         assert ((mine - theirs).abs() <= 3 * torch.finfo(dtype).eps * (theirs.abs() + dm.abs() * u.abs())).all()
+
+
+def interpret() -> None:
+    """Run the kernels in Triton's interpreter, in a process that was started with TRITON_INTERPRET=1.
+
+    It cuts off what bfloat16 has no room for instead of rounding, so the other two dtypes are compared. Sizes: less
+    than a program's, one more than a program's, several programs a row, nothing.
+    """
+    from hf_qlora_fsdp.kernels import silu_product as torch_ones
+    from hf_qlora_fsdp.kernels import silu_product_triton as kernels
+
+    torch.manual_seed(0)
+    for dtype, shape in itertools.product([torch.float32, torch.float16], [(5, 7), (2, 2049), (3, 5000), (0, 8)]):
+        g, u, dm = (4 * torch.randn(shape, dtype=dtype) for _ in range(3))
+        mine = kernels.silu_product(g, u), *kernels.silu_product_gradients(dm.clone(), g, u)
+        theirs = (
+            torch_ones.silu_product_in_parts(g, u),
+            *torch_ones.silu_product_gradients_in_parts(dm.clone(), g, u),
+        )
+        for one, other in zip(mine, theirs, strict=True):
+            bound = 16 * torch.finfo(torch.float32).eps if dtype == torch.float32 else torch.finfo(dtype).eps
+            assert ((one - other).abs() <= bound * (other.abs() + (dm * u).abs())).all(), (dtype, shape)
+            assert dtype == torch.float32 or not one.numel() or (one != other).float().mean() < 1e-3
+        halves = torch.cat([g, u], dim=1).chunk(2, dim=1)
+        gradients = torch.empty(shape[0], 2 * shape[1], dtype=dtype)
+        kernels.write_gradients(dm, *halves, *gradients.chunk(2, dim=1))
+        assert torch.equal(kernels.silu_product(*halves), mine[0])
+        assert torch.equal(gradients, torch.cat(mine[1:], dim=1))
+    print("compared all shapes")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_kernels_give_the_numbers_of_torch_in_the_interpreter():
+    command = [sys.executable, "-c", f"from {__name__} import interpret; interpret()"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
+    assert "compared all shapes" in done.stdout, done.stderr
+
+
+def test_gradients_of_gradients_are_refused():
+    """The functions compute with what autograd does not see: a second derivative would be wrong without a word."""
+    mlp = make_mlp(torch.float32)
+    fuse_lora(mlp)
+    x, y = torch.randn(4, HIDDEN, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    inputs = {
+        mlp: (mlp(x), x),
+        mlp.up_proj: (mlp.up_proj(x), x),
+        "group": (apply_lora_group(x, (mlp.gate_proj.forward.weights, mlp.up_proj.forward.weights), (1.0, 2.0))[1], x),
+        "halves": (SiluOfHalves.apply(y), y),
+    }
+    for out, given in inputs.values():
+        (gradient,) = torch.autograd.grad(out.square().sum(), given, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 @pytest.mark.gpu
