@@ -2,7 +2,8 @@
 
     fusion             which layers run as one function with their adapter; the functions are in `kernels/`
     packed_attention   packed sequences one by one, without a mask
-    checkpointing      only as many decoder layers computed twice as memory demands; with fsdp_state
+    checkpointing      only as many decoder layers computed twice as memory demands; with fsdp_state and
+                       activation_room
     shard_steps        clipping and the optimizer on the shards themselves
     module_walks       walks through all modules, once instead of in every step
     matmul_share       how near a step comes to what the card can multiply

@@ -7,9 +7,10 @@ many layers are computed twice: the first ones, since what the last ones keep is
 **"auto"** finds the number by measuring. All layers are computed twice in the first step, whose peak shows what a step
 takes at least. In the second step the last layer keeps what it saves, and that is counted. What is left of the card,
 less a margin, divided by what a layer saves, is how many keep it from the third step on. Every rank takes the least
-that any rank found.
+that any rank found. A batch that is longer than those measured takes more, by as much as it is longer, so that fewer
+layers keep what they save while it is there; ranks tell each other how long theirs is.
 
-**Running out of memory** is no end: later batches may be longer than the first ones. The step is undone (gradients
+**Running out of memory** is no end: a measure is no promise. The step is undone (gradients
 dropped, shards put back, random numbers and metrics as they were), a quarter of the layers that kept their activations
 are computed twice from then on, and the step is done again on the same data. No bit of the result depends on any of
 this.
@@ -31,19 +32,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from ..anatomy import decoder_layers
-from ..host import free_memory_bytes
-from ..ranks import local_world_size, log_once, rank
+from ..ranks import log_once, rank
 from ..units import format_bytes
+from .activation_room import Room, count_kept, count_saved_bytes, find_room, scale
 from .fsdp_state import forget_step
+from .fusion import forget_outputs
 
-MARGIN = 0.05
-"""Of the memory that may be used, what "auto" leaves free: for fragments, and for batches a little longer."""
 _FIRST_STEP, _SECOND_STEP = 1, 2
 
 
@@ -52,6 +49,7 @@ class _MicroBatch:
     """What it takes to do a forward and backward again."""
 
     inputs: dict[str, Any]
+    longest: int
     num_items: Any
     synchronizes: bool
     random_states: tuple[torch.Tensor, torch.Tensor | None]
@@ -91,21 +89,23 @@ class LayerCheckpointing(TrainerCallback):
                 'to that, or "auto".'
             )
         self.is_auto = wanted == "auto"
-        self.num_recomputed = len(self.layers) if isinstance(wanted, str) else wanted
+        self.num_recomputed = self.num_now = len(self.layers) if isinstance(wanted, str) else wanted
         self.num_steps = 0
+        self.room = Room(0, 0)
         self.saved_bytes = 0
-        self.room_bytes = 0
+        self.longest = {_FIRST_STEP: 0, _SECOND_STEP: 0}
         self.micro_batches: list[_MicroBatch] = []
         # A group of its own: what ranks say here must not be mixed up with collectives that failed.
         self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
     # -- which layers ------------------------------------------------------------------------------------------------
 
-    def apply(self) -> None:
+    def apply(self, num_recomputed: int) -> None:
         """Set which layers are computed twice; transformers sets all of them when training begins."""
+        self.num_now = num_recomputed
         for index, layer in enumerate(self.layers):
-            if layer.gradient_checkpointing != (index < self.num_recomputed):
-                layer.gradient_checkpointing = index < self.num_recomputed
+            if layer.gradient_checkpointing != (index < num_recomputed):
+                layer.gradient_checkpointing = index < num_recomputed
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.num_steps += 1
@@ -115,32 +115,57 @@ class LayerCheckpointing(TrainerCallback):
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.is_auto and self.num_steps == _SECOND_STEP:
             self.num_recomputed = len(self.layers) - 1
-        self.apply()
+        self.apply(self.num_recomputed)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.micro_batches.clear()
         if not self.is_auto:
             return
         if self.num_steps == _FIRST_STEP:
-            self.room_bytes = find_room(self.device)
+            self.room = find_room(self.device)
         elif self.num_steps == _SECOND_STEP and self.num_recomputed < len(self.layers):
             self._settle()
 
     def _settle(self) -> None:
         """Agree on how many layers may keep what they save."""
-        figures = torch.tensor([-self.room_bytes, self.saved_bytes], dtype=torch.int64)
+        figures = torch.tensor([-self.room.allowed_bytes, self.room.peak_bytes, self.saved_bytes], dtype=torch.int64)
         if self.group is not None:
             dist.all_reduce(figures, dist.ReduceOp.MAX, group=self.group)
-        room_bytes, saved_bytes = -int(figures[0]), int(figures[1])
-        self.num_recomputed = len(self.layers) - count_kept(len(self.layers), room_bytes, saved_bytes)
+        self.room, self.saved_bytes = Room(-int(figures[0]), int(figures[1])), int(figures[2])
+        longest = max(self.longest.values())
+        self.num_recomputed = self._count_recomputed(longest)
         log_once(
             'checkpoint_layers="auto": %d of %d decoder layers are computed twice. Each of the others keeps %s, for '
             "which the first step left %s.",
             self.num_recomputed,
             len(self.layers),
-            format_bytes(saved_bytes),
-            format_bytes(max(room_bytes, 0)),
+            format_bytes(scale(self.saved_bytes, longest, self.longest[_SECOND_STEP])),
+            format_bytes(max(self.room.left(longest, self.longest[_FIRST_STEP]), 0)),
         )
+
+    def _count_recomputed(self, num_tokens: int) -> int:
+        """Return how many layers have to be computed twice for a batch of so many tokens, by what was measured."""
+        room_bytes = self.room.left(num_tokens, self.longest[_FIRST_STEP])
+        saved_bytes = scale(self.saved_bytes, num_tokens, self.longest[_SECOND_STEP])
+        return len(self.layers) - count_kept(len(self.layers), room_bytes, saved_bytes)
+
+    def _agree_on_longest(self, inputs: dict[str, Any]) -> int:
+        """Return the tokens of the longest of all ranks' batches, where that matters."""
+        if not self.is_auto or "input_ids" not in inputs:
+            return 0
+        longest = torch.tensor(inputs["input_ids"].numel())
+        if self.group is not None:
+            dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
+        if self.num_steps in self.longest:
+            self.longest[self.num_steps] = max(self.longest[self.num_steps], int(longest))
+        return int(longest)
+
+    def _apply_to(self, batch: _MicroBatch) -> None:
+        """Set which layers are computed twice in a micro-batch: more than usual in a longer one."""
+        num_recomputed = self.num_recomputed
+        if self.num_steps > _SECOND_STEP and batch.longest > max(self.longest.values()):
+            num_recomputed = max(num_recomputed, self._count_recomputed(batch.longest))
+        self.apply(num_recomputed)
 
     # -- a step, and once more ---------------------------------------------------------------------------------------
 
@@ -163,7 +188,8 @@ class LayerCheckpointing(TrainerCallback):
         states = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None
         metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
         synchronizes = trainer.accelerator.sync_gradients
-        this = _MicroBatch(inputs, num_items, synchronizes, states, metrics, trainer._total_train_tokens)
+        longest = self._agree_on_longest(inputs)
+        this = _MicroBatch(inputs, longest, num_items, synchronizes, states, metrics, trainer._total_train_tokens)
         self.micro_batches.append(this)
         pending = [this]
         while True:
@@ -173,6 +199,7 @@ class LayerCheckpointing(TrainerCallback):
                 for batch in pending:
                     if len(pending) > 1:
                         self.model.set_requires_gradient_sync(batch.synchronizes)
+                    self._apply_to(batch)
                     with self._counting():
                         loss = compute(self.model, dict(batch.inputs), batch.num_items)
             except torch.OutOfMemoryError as error:
@@ -220,15 +247,15 @@ class LayerCheckpointing(TrainerCallback):
 
     def _give_way(self, said: str | None) -> None:
         """Free what the step took, and let more layers be computed twice."""
-        num_kept = len(self.layers) - self.num_recomputed
+        num_kept = len(self.layers) - self.num_now
         forget_step(self.model)
+        forget_outputs(self.model)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if not num_kept:
             raise self._final_error(said or "Another rank ran out of memory")
         self.num_recomputed = len(self.layers) - num_kept * 3 // 4
-        self.apply()
         log_once(
             "Out of memory with %d of %d decoder layers computed twice: from now on it is %d, and the step is done "
             "again. %s",
@@ -250,71 +277,7 @@ class LayerCheckpointing(TrainerCallback):
 
     def _final_error(self, said: str) -> torch.OutOfMemoryError:
         return torch.OutOfMemoryError(
-            f"{said}. {self.num_recomputed} of {len(self.layers)} decoder layers were computed twice. Leave "
+            f"{said}. {self.num_now} of {len(self.layers)} decoder layers were computed twice. Leave "
             "checkpoint_layers out, which computes all of them twice, lower per_device_train_batch_size or "
             "max_length, or write activation_offloading=True."
         )
-
-
-def count_kept(num_layers: int, room_bytes: int, saved_bytes: int) -> int:
-    """Return how many layers may keep what they save.
-
-    Args:
-        num_layers (`int`): How many there are.
-        room_bytes (`int`): What is free at the peak of a step in which no layer does; negative if nothing is.
-        saved_bytes (`int`): What one layer saves.
-    """
-    return max(0, min(num_layers, room_bytes // max(saved_bytes, 1)))
-
-
-def find_room(device: torch.device) -> int:
-    """Return how many bytes stayed free while a step was at its peak, less the margin.
-
-    On a card: of what this process may use (`torch.cuda.set_per_process_memory_fraction`) and other programs leave it.
-    On a host: of what is free now, each rank its share.
-    """
-    if device.type != "cuda":
-        return int(free_memory_bytes(with_swap=False) * (1 - MARGIN)) // local_world_size()
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    fraction = torch.cuda.memory.get_per_process_memory_fraction(device)
-    allowed_bytes = min(int(fraction * total_bytes), free_bytes + torch.cuda.memory_reserved(device))
-    return int(allowed_bytes * (1 - MARGIN)) - torch.cuda.max_memory_reserved(device)
-
-
-@contextlib.contextmanager
-def count_saved_bytes(layer: nn.Module) -> Iterator[dict[int, int]]:
-    """Count what autograd saves in the forward of a layer: less its weights, its inputs, and what all layers share.
-
-    Returns:
-        `dict[int, int]`: The bytes of each block of memory, by its address.
-    """
-    storages: dict[int, int] = {}
-    known: set[int] = set()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    saving = saved_tensors_hooks(pack, lambda tensor: tensor)
-    entered = []
-
-    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        known.update(tensor.untyped_storage().data_ptr() for tensor in [*tensors, *module.parameters()])
-        saving.__enter__()
-        entered.append(True)
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        entered.pop()
-        saving.__exit__(None, None, None)
-
-    handles = [layer.register_forward_pre_hook(begin, with_kwargs=True), layer.register_forward_hook(end)]
-    try:
-        yield storages
-    finally:
-        for handle in handles:
-            handle.remove()
-        if entered:  # the forward was left by an exception
-            saving.__exit__(None, None, None)

@@ -150,11 +150,16 @@ class FusedGroup:
             self.x, self.num_left = None, 0
         return y
 
+    def forget(self) -> None:
+        """Let go of what is kept, and of all that its graph holds: the layers that it was for are not called."""
+        self.x = None
+        self.kept.clear()
+
     def _compute(self, x: torch.Tensor) -> torch.Tensor | None:
         others = self.layers[1:]
         if self.kept:  # the last input was not that of all
-            self.x, self.num_left = None, self.num_left + 1
-            self.kept.clear()
+            self.num_left += 1
+            self.forget()
         if self.num_left == 2 or not all(layer.is_usual(x) for layer in others):
             return None
         scalings = tuple(layer.layer.scaling[layer.adapter_name] for layer in self.layers)
@@ -234,6 +239,14 @@ def unfuse_lora(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), (FusedLora, FusedMLP)):
             del module.forward
+
+
+def forget_outputs(model: nn.Module) -> None:
+    """Let groups of layers go of what they keep for calls that will not come, since a step was left in between."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, FusedLora) and forward.group is not None:
+            forward.group.forget()
 
 
 def _find_obstacle(layer: LoraLayer) -> str | None:

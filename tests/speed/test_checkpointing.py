@@ -1,8 +1,9 @@
 """Whatever number of layers is computed twice, and wherever memory runs out on the way: the same bits.
 
 Two ranks train a model of four layers, with dropout in its adapter so that random numbers matter, and with two
-micro-batches a step. Memory runs out as it does on a card: `torch.OutOfMemoryError` leaves a layer's forward, or the
-autograd engine in the middle of a backward, when gradients of later layers are reduced already.
+micro-batches a step, of which one is longer than the others, on one rank. Memory runs out as it does on a card:
+`torch.OutOfMemoryError` leaves a layer's forward, or the autograd engine in the middle of a backward, when gradients of
+later layers are reduced already.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
-from hf_qlora_fsdp.speed.checkpointing import count_kept, count_saved_bytes
+from hf_qlora_fsdp.speed.activation_room import Room, count_kept, count_saved_bytes, scale
 from tests import training
 from tests.distributed import RankPool
 from tests.tiny import make_checkpoint
@@ -22,9 +24,13 @@ MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 def train(rank: int, folder: str, out: str, runs: dict[str, dict[str, Any]]) -> dict[str, training.Run]:
-    """Train once a run. Of a run: `layers` are computed twice; memory runs out in `place` of `layer` in `call`."""
+    """Train once a run. Of a run: `layers` are computed twice; memory runs out in `place` of `layer` in `call`.
+
+    Where `room` is given, there is room for what so many layers save, and the first step took what one saves.
+    """
     from hf_qlora_fsdp.anatomy import decoder_layers
     from hf_qlora_fsdp.sharding import base_model
+    from hf_qlora_fsdp.speed import checkpointing
 
     done = {}
     for name, run in runs.items():
@@ -34,11 +40,20 @@ def train(rank: int, folder: str, out: str, runs: dict[str, dict[str, Any]]) -> 
             "gradient_accumulation_steps": 2,
             "gradient_checkpointing": True,
             "checkpoint_layers": run["layers"],
+            "train_sampling_strategy": "sequential",
         }
         peft = {"lora_dropout": 0.1}
-        with training.listening() as said:
-            trainer = training.ours(folder, training.equal_rows(12), changes, peft)
+        with training.listening() as said, pytest.MonkeyPatch.context() as patch:
+            if "room" in run:
+                saved_bytes = done["auto"].extra["saved_bytes"]
+                room = Room((run["room"] + 1) * saved_bytes, saved_bytes)
+                patch.setattr(checkpointing, "find_room", lambda device, room=room: room)
+            trainer = training.ours(folder, draw_rows(), changes, peft)
             layers = list(decoder_layers(base_model(trainer.model)).values())
+            numbers: list[int] = []
+            base_model(trainer.model).model.register_forward_pre_hook(
+                lambda *_, layers=layers, numbers=numbers: numbers.append(sum(x.gradient_checkpointing for x in layers))
+            )
             if "place" in run:
                 RunsOut(layers[run["layer"]], run["place"], run["call"], run.get("always", False))
             try:
@@ -50,23 +65,36 @@ def train(rank: int, folder: str, out: str, runs: dict[str, dict[str, Any]]) -> 
                 "said": [line for line in said if "computed twice" in line],
                 "recomputed": [layer.gradient_checkpointing for layer in layers],
                 "tokens": trainer._total_train_tokens,
+                "numbers": numbers,
+                "saved_bytes": trainer.checkpointing.saved_bytes if trainer.checkpointing else None,
             }
     return done
 
 
+def draw_rows() -> Dataset:
+    """Return the rows of three steps. The second rank's first one of the last step is twice as long as the others."""
+    rows = [row["input_ids"] for row in training.equal_rows(14)]
+    rows[9] += rows.pop()
+    rows.pop()
+    return Dataset.from_dict({"input_ids": rows})
+
+
 class RunsOut:
-    """Raises once, in the forward or the backward of a layer, as soon as that layer keeps its activations."""
+    """Raises once, in a layer's forward, its backward, or when it is computed again, in a given call of it.
+
+    Calls count while the layer keeps its activations, for the last of the three while it does not.
+    """
 
     def __init__(self, layer: Any, place: str, call: int, always: bool) -> None:
         self.layer, self.place, self.call, self.always, self.num_calls = layer, place, call, always, 0
         layer.self_attn.register_forward_hook(self)
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        if self.layer.gradient_checkpointing and not self.always:
+        if self.layer.gradient_checkpointing != (self.place == "recompute") and not self.always:
             return
         self.num_calls += 1
         if self.num_calls == self.call or self.always:
-            if self.place == "forward":
+            if self.place != "backward":
                 raise torch.OutOfMemoryError(MESSAGE)
             output[0].register_hook(self.raise_in_backward)
 
@@ -80,6 +108,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "auto": {"layers": "auto"},
     "forward": {"layers": 0, "place": "forward", "layer": 2, "call": 3},
     "backward": {"layers": "1", "place": "backward", "layer": 2, "call": 4},
+    # The layer's calls: forward and again of the first micro-batch, then of the second, whose gradients are added.
+    "recompute": {"layers": 2, "place": "recompute", "layer": 1, "call": 4},
+    "a longer batch": {"layers": "auto", "room": NUM_LAYERS},
     "nothing left": {"layers": 4, "place": "forward", "layer": 1, "call": 1, "always": True},
 }
 
@@ -90,7 +121,7 @@ def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return ranks.run(train, folder, str(tmp_path_factory.mktemp("out")), RUNS)
 
 
-@pytest.mark.parametrize("name", ["one", "auto", "forward", "backward"])
+@pytest.mark.parametrize("name", ["one", "auto", "forward", "backward", "recompute", "a longer batch"])
 def test_no_bit_depends_on_it(trained: list[dict[str, training.Run]], name: str) -> None:
     for runs in trained:
         reference, run = runs["all"], runs[name]
@@ -104,7 +135,8 @@ def test_no_bit_depends_on_it(trained: list[dict[str, training.Run]], name: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "recomputed", "num_lines"), [("all", 4, 0), ("one", 1, 0), ("auto", 0, 1), ("forward", 1, 1)]
+    ("name", "recomputed", "num_lines"),
+    [("all", 4, 0), ("one", 1, 0), ("auto", 0, 1), ("forward", 1, 1), ("recompute", 3, 1), ("a longer batch", 0, 1)],
 )
 def test_so_many_layers_are_computed_twice(
     trained: list[dict[str, training.Run]], name: str, recomputed: int, num_lines: int
@@ -114,6 +146,18 @@ def test_so_many_layers_are_computed_twice(
         extra = runs[name].extra
         assert extra["recomputed"] == [index < recomputed for index in range(NUM_LAYERS)]
         assert len(extra["said"]) == (num_lines if rank == 0 else 0)
+
+
+def test_a_longer_batch_on_any_rank_has_more_layers_computed_twice(trained: list[dict[str, training.Run]]) -> None:
+    """Twice as long, it takes twice what the first step took, and each layer saves twice as much: (5 - 2) // 2."""
+    for runs in trained:
+        assert runs["a longer batch"].extra["numbers"] == [4, 4, 3, 3, NUM_LAYERS - 1, 0]
+        assert runs["auto"].extra["numbers"] == [4, 4, 3, 3, 0, 0]
+
+
+def test_room_is_counted_for_the_longest() -> None:
+    assert Room(100, 30).left(20, 10) == 40 and Room(100, 30).left(5, 10) == 70
+    assert scale(7, 30, 20) == 10 and scale(7, 20, 20) == 7 and scale(7, 20, 0) == 7
 
 
 def test_what_is_done_about_a_lack_of_memory_is_said(trained: list[dict[str, training.Run]]) -> None:

@@ -7,7 +7,9 @@ of the layer as PEFT made it, bit for bit.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from torch import nn
 from hf_qlora_fsdp.inputs import settle_liger
 from hf_qlora_fsdp.packing import repack
 from hf_qlora_fsdp.speed import fusion
-from hf_qlora_fsdp.speed.fusion import fuse_lora, unfuse_lora
+from hf_qlora_fsdp.speed.fusion import forget_outputs, fuse_lora, unfuse_lora
 from tests.test_packing import make_linear
 from tests.tiny import make_checkpoint
 
@@ -355,6 +357,24 @@ def test_a_group_survives_an_exception_between_its_calls(group_calls):
     for _ in range(2):
         assert torch.equal(model(draw_input()), expected)
     assert group_calls == [3, 3, 3, 3]
+
+
+def test_a_step_that_is_left_between_the_calls_of_a_group_can_be_freed():
+    """What is kept for the calls to come hangs on the graph of the whole step, which may have been left for memory."""
+    model = make_attention()
+    fuse_lora(model)
+    handle = model.base_model.model.k_proj.register_forward_pre_hook(lambda module, args: 1 / 0)
+    x = draw_input().requires_grad_() * 1
+    held = weakref.ref(x)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    handle.remove()
+    del x
+    gc.collect()
+    assert held() is not None
+    forget_outputs(model)
+    gc.collect()
+    assert held() is None
 
 
 def test_a_layer_that_wants_something_else_takes_the_group_apart(group_calls):
