@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -204,6 +205,12 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         return clip_gradients(self.trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and model is self.model:  # max_grad_norm=0: it is measured, and nothing is clipped
+            self.accelerator.unscale_gradients()
+            grad_norm = clip_gradients(self.trained, math.inf)
+        return super()._get_grad_norm(model, grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         if "input_ids" not in inputs or not hasattr(self.model, "num_parameters"):

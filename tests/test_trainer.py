@@ -181,7 +181,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "padding-free": {"rows": "text", "padding_free": True, "max_length": None, "per_device_train_batch_size": 2},
     "completion-only": {"rows": "prompt_completion"},
     "assistant-only": {"rows": "conversational", "assistant_only_loss": True},
-    "weight decay and schedule": {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2},
+    "weight decay and schedule": {
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+    },
     "dft": {"rows": "text", "loss_type": "dft"},
     "trained head": {"peft": {"modules_to_save": ["lm_head"]}},
 }

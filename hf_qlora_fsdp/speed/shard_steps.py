@@ -11,6 +11,7 @@ Nothing else knows: parameters and moments stay `DTensor`s, in the optimizer's s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,7 +49,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
 
     Args:
         parameters (`Iterable[nn.Parameter]`): Sharded ones, and whole ones whose gradients are equal on all ranks.
-        max_norm (`float`): The largest norm that is left as it is. May be infinite.
+        max_norm (`float`): The largest norm that is left as it is. If it is infinite, gradients are not touched.
     Returns:
         `torch.Tensor`: The norm before.
     Source:
@@ -65,6 +66,8 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
         norm = squares.sqrt()
     if whole:
         norm = torch.hypot(norm, get_total_norm(whole).to(norm.device))
+    if math.isinf(max_norm):  # torch multiplies even then, by inf / inf where a gradient is infinite
+        return norm
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for gradient in (*local, *whole):

@@ -84,3 +84,16 @@ def test_other_optimizers_are_left_alone() -> None:
 
 def test_nothing_to_clip() -> None:
     assert clip_gradients([nn.Parameter(torch.zeros(2))], 1.0) == 0
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_that_are_none_show_in_the_norm(value: float) -> None:
+    """And stay what they are where nothing is to be clipped; clipped, they spread, as with torch."""
+    for max_norm in (1.0, float("inf")):
+        mine, theirs = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+        for parameter in (mine, theirs):
+            parameter.grad = torch.tensor([1.0, value, -2.0])
+        expected = nn.utils.clip_grad_norm_([theirs], max_norm)
+        assert torch.equal(clip_gradients([mine], max_norm).isnan(), expected.isnan()) and not expected.isfinite()
+        unclipped = torch.tensor([1.0, value, -2.0])
+        assert torch.allclose(mine.grad, theirs.grad if max_norm == 1.0 else unclipped, equal_nan=True)
