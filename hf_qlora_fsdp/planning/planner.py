@@ -24,7 +24,7 @@ from ..units import format_bytes
 from .cards import CARDS, HOLES, Card, find_card, find_link
 from .memory_estimate import MemoryEstimate, estimate
 from .memory_model import Settings
-from .search import Candidate, Change, Machine, Search, check_settings, explain, find_fastest, find_nearest
+from .search import Candidate, Change, Machine, Search, check_settings, explain, find_fast, find_nearest
 from .weighing import ModelWeight, weigh_model
 
 DEFAULT_TARGET_BATCH = 16
@@ -198,9 +198,10 @@ def plan(
     search = Search(weight, machine, fixed or {})
     tried = search.run(start, batches)
     fitting = [candidate for candidate in tried if not candidate.obstacles]
-    chosen = find_fastest(fitting) if fitting else find_nearest(tried, machine)
+    fast = find_fast(fitting) if fitting else []
+    chosen = fast[0] if fast else find_nearest(tried, machine)
     name = model if isinstance(model, str) else model.name_or_path or model.model_type
-    rejected = [explain(candidate, chosen) for candidate in tried if candidate is not chosen]
+    rejected = [explain(candidate, chosen, candidate in fast) for candidate in tried if candidate is not chosen]
     answer = Plan(name, weight, machine, lora_r, target_modules, chosen, rejected)
     if not fitting:
         answer.changes = search.find_changes(start, batches, tried)

@@ -233,11 +233,11 @@ def missing_on_host(taken: MemoryEstimate, machine: Machine) -> int:
     return max(taken.host_bytes - machine.host_bytes - swappable, taken.pinned_bytes - machine.host_bytes)
 
 
-def find_fastest(candidates: list[Candidate]) -> Candidate:
-    """Return the fastest, and of those that are equally fast the one that takes least of the host."""
+def find_fast(candidates: list[Candidate]) -> list[Candidate]:
+    """Return those that are as fast as the fastest, the one that takes least of the host first."""
     best = max(one.time.tokens_per_second for one in candidates)
     fast = [one for one in candidates if one.time.tokens_per_second >= best * (1 - _EQUALLY_FAST)]
-    return min(fast, key=lambda one: (one.estimate.host_bytes, one.estimate.card_bytes))
+    return sorted(fast, key=lambda one: (one.estimate.host_bytes, one.estimate.card_bytes))
 
 
 def find_nearest(candidates: list[Candidate], machine: Machine) -> Candidate:
@@ -250,16 +250,16 @@ def find_nearest(candidates: list[Candidate], machine: Machine) -> Candidate:
     return min(candidates, key=lack)
 
 
-def explain(candidate: Candidate, chosen: Candidate) -> Candidate:
+def explain(candidate: Candidate, chosen: Candidate, is_fast: bool) -> Candidate:
     """Return a candidate with the reason why it was not chosen."""
     if candidate.obstacles:
         return replace(candidate, reason="; ".join(candidate.obstacles))
     mine, best = candidate.time.tokens_per_second, chosen.time.tokens_per_second
-    if mine >= best * (1 - _EQUALLY_FAST):
+    if is_fast:
         more = candidate.estimate.host_bytes - chosen.estimate.host_bytes
         where = f"{format_bytes(more)} more of the host" if more else "as much of the host and more of a card"
         return replace(candidate, reason=f"fits, as fast, and takes {where}")
-    return replace(candidate, reason=f"fits, {1 - mine / best:.0%} slower: waits for {candidate.time.bound}")
+    return replace(candidate, reason=f"fits, {1 - mine / best:.1%} slower: waits for {candidate.time.bound}")
 
 
 def check_settings(settings: Settings, num_layers: int) -> None:
