@@ -256,6 +256,10 @@ def _run_convert(args: argparse.Namespace) -> int:
             file.write(text)
     except FileExistsError as error:
         raise refusal(f"-o {args.output}", "there is such a file already", "Give the name of a new one.") from error
+    except OSError as error:
+        raise refusal(
+            f"-o {args.output}", f"it cannot be written ({error})", "Name a file in another folder."
+        ) from error
     print(f"Written: {args.output}. To train with it: hf-qlora-fsdp train --config {args.output}")
     return 0
 

@@ -142,7 +142,8 @@ def take_part(arguments: Sequence[str]) -> int:
     Args:
         arguments (`Sequence[str]`): What follows `train` on the command line.
     Returns:
-        `int`: Exit code: 0; 1 if a file, a connection or another rank failed; 2 if what was asked for cannot work.
+        `int`: Exit code: 0; 1 if a file, a connection or another rank failed; 2 if what was asked for cannot work; 130
+            if it was interrupted.
     Raises:
         SystemExit: A signal ended the run and it was saved (75), or `--help` was asked for (0).
     """
@@ -164,6 +165,10 @@ def take_part(arguments: Sequence[str]) -> int:
             traceback.print_exception(error)
         print(f"hf-qlora-fsdp: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:  # a terminal sends it to every rank, and each would show where it was
+        if rank() == 0:
+            print("hf-qlora-fsdp: interrupted. What was saved last can be gone on from.", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     return 0
 
 

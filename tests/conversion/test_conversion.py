@@ -796,6 +796,12 @@ def test_the_command_writes_what_it_prints_once(write, tmp_path, capsys):
     assert_three_parts(ValueError(capsys.readouterr().err), str(out))
 
 
+def test_a_place_that_cannot_be_written_to(write, tmp_path, capsys):
+    for place in (tmp_path / "no" / "such.yaml", tmp_path):
+        assert main(["convert", write(AXOLOTL), "-o", str(place)]) == 2
+        assert_three_parts(ValueError(capsys.readouterr().err), str(place))
+
+
 def test_converting_imports_no_torch(write):
     code = (
         "import sys; from hf_qlora_fsdp.cli import main; main(sys.argv[1:]); print({'torch', 'trl'} & set(sys.modules))"

@@ -186,6 +186,19 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished: Any, folder: Path
 
 
 @pytest.mark.slow
+def test_an_interruption_ends_all_without_a_traceback(folder: Path) -> None:
+    command = [sys.executable, *COMMAND, *arguments(folder, "interrupted", max_steps=10_000)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
+    assert running.stdout is not None
+    next(line for line in running.stdout if line.startswith("step "))
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    assert "Traceback" not in said and said.count("hf-qlora-fsdp: interrupted") == 1
+
+
+@pytest.mark.slow
 def test_on_a_terminal_there_is_a_bar(folder: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
