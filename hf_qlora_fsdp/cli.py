@@ -239,7 +239,12 @@ def _add_convert(commands: Any) -> None:
         "one for train --config. Each key is used, or named in a comment with the reason why it makes no difference; "
         "one that cannot be honoured is an error.",
     )
-    convert.add_argument("file", metavar="FILE", help="the other program's file")
+    convert.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="the other program's file, or the files of a run that is written in two",
+    )
     convert.add_argument("-o", "--output", metavar="OUT", help="new file to write (default: print)")
     convert.set_defaults(run=_run_convert)
 
@@ -247,7 +252,7 @@ def _add_convert(commands: Any) -> None:
 def _run_convert(args: argparse.Namespace) -> int:
     from .conversion import convert
 
-    text = convert(args.file).to_yaml()
+    text = convert(*args.files).to_yaml()
     if args.output is None:
         print(text, end="")
         return 0

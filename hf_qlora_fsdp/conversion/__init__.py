@@ -4,6 +4,9 @@
 of ours. The promise is that nothing changes unseen: a key is either used, or named in a note with the reason why it
 makes no difference, or an error, because the result would be another. `foreign_keys.py` holds every reader to that.
 
+A run may be written in two files: LLaMA-Factory's recipe for FSDP and QLoRA is one of its own, and accelerate's beside
+it. They become one run, in which no option has two values.
+
 Nothing here imports torch or TRL, so a file is converted in a blink. That the names exist is held by a test.
 """
 
@@ -54,16 +57,32 @@ class Conversion:
         return "\n".join(comments) + "\n" + yaml.safe_dump(self.arguments, sort_keys=False, allow_unicode=True)
 
 
-def convert(path: str | Path) -> Conversion:
-    """Convert a file.
+def convert(*paths: str | Path) -> Conversion:
+    """Convert the file of a run, or the files of one.
 
     Args:
-        path (`str` or `Path`): A YAML or JSON file of Axolotl, accelerate or LLaMA-Factory.
+        *paths (`str` or `Path`): YAML or JSON files of Axolotl, accelerate or LLaMA-Factory.
 
     Raises:
         ValueError: There is no such file, it is none of theirs, or one of its keys is unknown, has no possible value,
-            or would change the result and cannot be honoured.
+            or would change the result and cannot be honoured; or two files contradict each other.
     """
+    first, *others = (_convert(path) for path in paths)
+    for other in others:
+        for name, value in other.arguments.items():
+            if first.arguments.get(name, value) != value:
+                given = f"files that mean {name}={first.arguments[name]!r} ({first.name}) and {value!r} ({other.name})"
+                raise refusal(given, "they are one option with two values", "Let them agree, or convert one of them.")
+        first = Conversion(
+            f"{first.program} and {other.program}",
+            f"{first.name} and {other.name}",
+            first.arguments | other.arguments,
+            first.notes + [note for note in other.notes if note not in first.notes],
+        )
+    return first
+
+
+def _convert(path: str | Path) -> Conversion:
     file = _read_file(Path(path))
     known = {program: len(keys.intersection(map(str, file))) for program, (keys, _) in _READERS.items()}
     program = max(known, key=lambda name: known[name])

@@ -97,21 +97,26 @@ def make_parser() -> TrlParser:
     files = parser.add_argument_group("files")
     files.add_argument("--config", metavar="FILE", help="YAML file of options; `env` in it sets variables")
     files.add_argument(
-        "--axolotl", metavar="FILE", help="YAML file of Axolotl, or another that `hf-qlora-fsdp convert` reads"
+        "--axolotl",
+        metavar="FILE",
+        nargs="+",
+        help="YAML file of Axolotl, or another that `hf-qlora-fsdp convert` reads; several if a run is written in "
+        "several, as in LLaMA-Factory's and accelerate's",
     )
     return parser
 
 
-def _read_files(config: str | None, axolotl: str | None) -> tuple[dict[str, Any], list[str]]:
+def _read_files(config: str | None, axolotl: list[str] | None) -> tuple[dict[str, Any], list[str]]:
     """Return the options of the file that is named, and what is to be said about them."""
     if config and axolotl:
+        names = " ".join(axolotl)
         raise refusal(
-            f"--config {config} and --axolotl {axolotl}",
+            f"--config {config} and --axolotl {names}",
             "both say how to train, and neither is meant to win",
-            f"Run `hf-qlora-fsdp convert {axolotl}`, and put both into one file.",
+            f"Run `hf-qlora-fsdp convert {names}`, and put both into one file.",
         )
     if axolotl:
-        conversion = convert(axolotl)
+        conversion = convert(*axolotl)
         return dict(conversion.arguments), conversion.notes
     return (_read_config(config) if config else {}), []
 

@@ -796,6 +796,21 @@ def test_the_command_writes_what_it_prints_once(write, tmp_path, capsys):
     assert_three_parts(ValueError(capsys.readouterr().err), str(out))
 
 
+def test_a_run_that_is_written_in_two_files(write, data):
+    options = {"fsdp_offload_params": True}
+    ours = write(LLAMA_FACTORY, "llama.yaml")
+    theirs = write({**ACCELERATE, "num_processes": 2, "fsdp_config": options}, "accelerate.yaml")
+    both = convert(ours, theirs)
+    assert both.arguments == read_llama_factory(LLAMA_FACTORY)[0] | {"cpu_offload": True}
+    assert set(both.notes) == {*convert(ours).notes, *convert(theirs).notes}
+    assert "# llama.yaml and accelerate.yaml of LLaMA-Factory and accelerate, for" in both.to_yaml()
+    write({**ACCELERATE, "mixed_precision": "bf16", "fsdp_config": {"offload_params": False}}, "accelerate.yaml")
+    write({**LLAMA_FACTORY, "fsdp": "full_shard offload"}, "llama.yaml")
+    with pytest.raises(ValueError) as error:
+        convert(ours, theirs)
+    assert_three_parts(error.value, "cpu_offload=True (llama.yaml) and False (accelerate.yaml)")
+
+
 def test_a_place_that_cannot_be_written_to(write, tmp_path, capsys):
     for place in (tmp_path / "no" / "such.yaml", tmp_path):
         assert main(["convert", write(AXOLOTL), "-o", str(place)]) == 2
