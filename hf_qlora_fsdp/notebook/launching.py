@@ -184,9 +184,11 @@ def _run_agent(folder: Path, num_processes: int, environment: dict[str, str]) ->
         start_new_session=True,  # the kernel's interruption is ours to pass on
     )
     assert agent.stdin is not None and agent.stdout is not None
+    chunks = _listen(agent.stdout)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     try:
-        for text in _read_live(agent, agent.stdout):
-            sys.stdout.write(text)
+        for chunk in _read_live(agent, chunks):
+            sys.stdout.write(decoder.decode(chunk))
             sys.stdout.flush()
     except BaseException:
         agent.terminate()
@@ -194,10 +196,13 @@ def _run_agent(folder: Path, num_processes: int, environment: dict[str, str]) ->
     finally:
         _wait(agent, folder)
         agent.stdin.close()
+        # After an interruption: where a trainer has saved what it had, for instance.
+        sys.stdout.write(decoder.decode(b"".join(_take_all(chunks))))
+        sys.stdout.flush()
 
 
-def _read_live(agent: subprocess.Popen[bytes], pipe: IO[bytes]) -> Iterator[str]:
-    """Yield what is printed, as it is, carriage returns of progress bars too, until the agent has ended."""
+def _listen(pipe: IO[bytes]) -> queue.Queue[bytes]:
+    """Return a queue of what is printed, as it is, carriage returns of progress bars too; an empty one is the end."""
     chunks: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:  # in a thread, so that nobody who prints has to wait for a cell that is being interrupted
@@ -207,7 +212,11 @@ def _read_live(agent: subprocess.Popen[bytes], pipe: IO[bytes]) -> Iterator[str]
         chunks.put(b"")
 
     threading.Thread(target=read, daemon=True).start()
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return chunks
+
+
+def _read_live(agent: subprocess.Popen[bytes], chunks: queue.Queue[bytes]) -> Iterator[bytes]:
+    """Yield what is printed until the agent has ended."""
     while True:
         try:
             chunk = chunks.get(timeout=1)
@@ -217,7 +226,14 @@ def _read_live(agent: subprocess.Popen[bytes], pipe: IO[bytes]) -> Iterator[str]
             continue
         if not chunk:
             return
-        yield decoder.decode(chunk)
+        yield chunk
+
+
+def _take_all(chunks: queue.Queue[bytes]) -> Iterator[bytes]:
+    """Yield what is in a queue already."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield chunks.get(timeout=0.1)
 
 
 def _wait(agent: subprocess.Popen[bytes], folder: Path) -> None:

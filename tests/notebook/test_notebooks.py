@@ -92,7 +92,12 @@ notebook_launch(look, 1, environment={"PYTHONPATH": ""})
 """
 
 WAIT = """
+import signal, sys
+def end(*_):
+    print("What I had is saved.", flush=True)
+    sys.exit(75)
 def wait():
+    signal.signal(signal.SIGTERM, end)
     print(f"<{os.getpid()}>", flush=True)
     time.sleep(300)
 notebook_launch(wait, 2)
@@ -162,6 +167,7 @@ def test_an_interruption_ends_all_workers_and_the_kernel_goes_on(kernel: Kernel)
     shown = kernel.run(WAIT, while_running=interrupt)
     assert shown.error == "KeyboardInterrupt" and len(pids) == 2
     assert not any(map(is_alive, pids))
+    assert shown.text.count("What I had is saved.") == 2  # what they say at their end is shown as well
     assert kernel.run("6 * 7").value == "42"
 
 
