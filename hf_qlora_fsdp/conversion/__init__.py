@@ -30,6 +30,8 @@ _READERS: dict[str, tuple[frozenset[str], _Reader]] = {
     llama_factory.PROGRAM: (llama_factory.KEYS, llama_factory.read_llama_factory),
     accelerate.PROGRAM: (accelerate.KEYS, accelerate.read_accelerate),
 }
+_OURS = frozenset(("use_peft", "dataset_name"))
+"""Keys of a file for `train --config` that no other program has."""
 _KINDS = "Give an Axolotl file (base_model: ...), an accelerate file (fsdp_config: ...) or a LLaMA-Factory file."
 
 
@@ -86,13 +88,19 @@ def _convert(path: str | Path) -> Conversion:
     file = _read_file(Path(path))
     known = {program: len(keys.intersection(map(str, file))) for program, (keys, _) in _READERS.items()}
     program = max(known, key=lambda name: known[name])
-    if "use_peft" in file:
+    ours = _OURS.intersection(file)
+    if ours:
         instead = f"Run hf-qlora-fsdp train --config {path}."
-        raise refusal(f"the file {str(path)!r}", "it is written in our names already (use_peft)", instead)
+        raise refusal(f"the file {str(path)!r}", f"it is written in our names already ({min(ours)})", instead)
     if known[program] == 0:
         raise refusal(f"the file {str(path)!r}", "none of its keys belong to a program that is known", _KINDS)
     arguments, notes = _READERS[program][1](file)
     return Conversion(program, Path(path).name, arguments, notes)
+
+
+def find_program(key: str) -> str | None:
+    """Return whose key it is, the first program of those that have it."""
+    return next((program for program, (keys, _) in _READERS.items() if key in keys), None)
 
 
 def _read_file(path: Path) -> dict[Any, Any]:

@@ -23,7 +23,7 @@ import yaml
 from trl import ScriptArguments, TrlParser
 
 from ..config import QLoRAFSDPConfig
-from ..conversion import convert
+from ..conversion import convert, find_program
 from ..conversion.yaml_files import load_yaml
 from ..translation import refusal
 from .arguments import ALL, DataArguments, MixtureArguments, ModelArguments, Request, RunArguments, unknown_name
@@ -65,7 +65,9 @@ def read_request(arguments: Sequence[str]) -> Request:
     from_file, notes = _read_files(**{name: getattr(written, name, None) for name in _FILES})
     for name in from_file:
         if name not in known:
-            raise unknown_name(f"a file with the key {name!r}", name, known, _HELP)
+            program, file = find_program(name), getattr(written, "config", None)
+            theirs = f"If the file is one of {program}, which has that key, write --axolotl {file}. " if program else ""
+            raise unknown_name(f"a file with the key {name!r}", name, known, theirs + _HELP)
     hints = {name: str(hint) for kind in ALL for name, hint in get_type_hints(kind).items()}
     parser.set_defaults_with_config(**{name: _as_written(name, from_file[name], hints[name]) for name in from_file})
     values = vars(parser.parse_known_args(list(arguments))[0])

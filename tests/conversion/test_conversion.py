@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from hf_qlora_fsdp.cli import main
-from hf_qlora_fsdp.conversion import accelerate, axolotl_keys, convert, llama_factory_keys
+from hf_qlora_fsdp.conversion import _OURS, accelerate, axolotl_keys, convert, find_program, llama_factory_keys
 from hf_qlora_fsdp.conversion.accelerate import read_accelerate
 from hf_qlora_fsdp.conversion.axolotl import read_axolotl
 from hf_qlora_fsdp.conversion.axolotl_data import SPEAKERS
@@ -543,6 +543,11 @@ def test_tables_hold_what_they_say(program):
             assert read({**smallest, key: off}) == (arguments, notes)
 
 
+def test_no_program_has_a_key_by_which_a_file_is_known_for_ours():
+    assert not [key for key in _OURS if find_program(key)]
+    assert (find_program("base_model"), find_program("colour")) == ("Axolotl", None)
+
+
 def test_every_key_has_one_fate_and_those_that_are_read_are_tested():
     for table, program in ((axolotl_keys, "axolotl"), (llama_factory_keys, "llama-factory")):
         fates = [table.RENAMED, table.UNUSED, table.REFUSED, table.READ]
@@ -767,6 +772,7 @@ def test_train_reads_rows_of_these_forms(write, data, tmp_path):
         ("base_model: a\nlora_r: 8\nlora_r: 16\n", "'lora_r' is there twice"),
         ("datasets:\n- {path: a, path: b}\n", "'path' is there twice"),
         ("model_name_or_path: a\nuse_peft: true\n", "train --config"),
+        ("model_name_or_path: a\ndataset_name: b\n", "train --config"),
     ],
 )
 def test_a_file_that_is_none(text, words, write, capsys):
