@@ -250,7 +250,7 @@ class Run:
         self._summarise()
 
     def _draw(self) -> None:
-        if self.request.run.plot is None or not self.trainer.is_world_process_zero() or not self.progress.samples:
+        if self.request.run.plot is None or not self.trainer.is_world_process_zero():
             return
         from .curves import draw_curves
 
@@ -268,21 +268,24 @@ class Run:
             return
         card, host = max(peak[0] for peak in peaks), sum(peak[1] for peak in peaks)
         memory = [f"{format_bytes(card)} on the fullest card"] * bool(card) + [f"{format_bytes(host)} of the host"]
-        now, num_steps = len(progress.samples), str(trainer.state.global_step)
-        if now < trainer.state.global_step:
-            num_steps += f", {now} of them since it was resumed"
         ranks = f"{len(peaks)} rank{'s' * (len(peaks) > 1)}"
+        now, num_steps = len(progress.samples), str(trainer.state.global_step)
+        if not now:
+            num_steps += ", all of them before it was resumed"
+        elif now < trainer.state.global_step:
+            num_steps += f", {now} of them since it was resumed"
+        tokens = f"{progress.num_tokens:,}, {progress.tokens_per_second:,.0f} a second on {ranks}" if now else ""
         model, folder = str(self.request.model.model_name_or_path), str(self.args.output_dir)
         rows = [
             ("steps", f"{num_steps}, in {format_seconds(seconds)} with loading"),
-            ("tokens", f"{progress.num_tokens:,}, {progress.tokens_per_second:,.0f} a second on {ranks}"),
+            ("tokens", tokens),
             ("loss", _describe_loss(trainer.state.log_history)),
             ("peak memory", ", ".join(memory)),
             ("adapter", folder),
-            ("curves", str(self.request.run.plot)),
+            ("curves", self.request.run.plot or ""),
             ("next", shlex.join(["hf-qlora-fsdp", "merge", model, folder, f"{folder.rstrip('/')}-merged"])),
         ]
-        print(format_table([row for row in rows if row[1] != "None"], title="trained"), flush=True)
+        print(format_table([row for row in rows if row[1]], title="trained"), flush=True)
 
 
 def _describe_loss(history: Sequence[Mapping[str, Any]]) -> str:

@@ -29,7 +29,8 @@ def draw_curves(history: list[dict[str, Any]], samples: list[Sample], title: str
             if points:
                 loss.plot(*zip(*points, strict=True), color=color, marker="." * (len(points) < 50), label=label)
         loss.set_ylabel("loss, nats a token")
-        loss.legend(frameon=False)
+        if loss.lines:  # a short run has logged none
+            loss.legend(frameon=False)
         _draw_memory(memory, samples)
         memory.set_xlabel("step")
         memory.xaxis.set_major_locator(MaxNLocator(integer=True))

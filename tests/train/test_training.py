@@ -183,6 +183,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished: Any, folder: Path
     assert again.returncode == 0
     assert "Resuming from" in again.stderr
     assert_same_adapter(folder / "stopped", folder / "own")
+    once_more = subprocess.run(
+        [*command, "--plot", folder / "again.png"], env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert once_more.returncode == 0
+    assert f"  steps        {NUM_STEPS}, all of them before it was resumed" in once_more.stdout
+    assert "  tokens  " not in once_more.stdout and (folder / "again.png").exists()  # of what was logged then
 
 
 @pytest.mark.slow
