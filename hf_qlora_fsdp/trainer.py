@@ -62,9 +62,11 @@ from .sharding import (
 )
 from .speed.checkpointing import LayerCheckpointing
 from .speed.fusion import fuse_lora
+from .speed.kept_gathered import KeptGathered
 from .speed.module_walks import spare_walks
 from .speed.packed_attention import use_packed_attention
 from .speed.shard_steps import clip_gradients, step_on_shards
+from .speed.spared_states import spare_random_states
 from .summary import describe
 
 
@@ -127,6 +129,8 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             base, device = base_model(self.model), self.accelerator.device
             self.checkpointing = LayerCheckpointing(self.model, base, args.checkpoint_layers, device, names)
             self.add_callback(self.checkpointing)
+        spare_random_states(self.model, base_model(self.model).config, args)
+        self.kept_gathered = None if self.sharding_policy.reshard_after_forward else KeptGathered(self.model)
         self.trained = spare_walks(self.model, list(decoder_layers(base_model(self.model), names).values()))
         self._num_parameters = 0
         # What scripts call at their end, on the model instead of the trainer.
@@ -191,6 +195,8 @@ class QLoRAFSDPTrainer(ResumableTrainer):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.kept_gathered is not None:
+            self.kept_gathered.begin(is_last=self.accelerator.sync_gradients)
         if self.checkpointing is None:
             return super().training_step(model, inputs, num_items_in_batch)
         return self.checkpointing.run(self, super().training_step, inputs, num_items_in_batch)

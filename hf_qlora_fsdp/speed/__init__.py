@@ -5,7 +5,9 @@
     checkpointing      only as many decoder layers computed twice as memory demands; with fsdp_state and
                        activation_room
     shard_steps        clipping and the optimizer on the shards themselves
+    kept_gathered      units gathered once a step, not once a micro-batch, where they stay whole anyway
     module_walks       walks through all modules, once instead of in every step
+    spared_states      random generators left alone by gradient checkpointing where no layer asks them
     matmul_share       how near a step comes to what the card can multiply
 
 What each was worth, and what did not help, is in `benchmarks/LOG.md`.

@@ -41,8 +41,9 @@ def train(rank: int, folder: str, out: str, runs: dict[str, dict[str, Any]]) -> 
             "gradient_checkpointing": True,
             "checkpoint_layers": run["layers"],
             "train_sampling_strategy": "sequential",
+            **run.get("changes", {}),
         }
-        peft = {"lora_dropout": 0.1}
+        peft = {"lora_dropout": run.get("dropout", 0.1)}
         with training.listening() as said, pytest.MonkeyPatch.context() as patch:
             if "room" in run:
                 saved_bytes = done["auto"].extra["saved_bytes"]
@@ -51,6 +52,7 @@ def train(rank: int, folder: str, out: str, runs: dict[str, dict[str, Any]]) -> 
             trainer = training.ours(folder, draw_rows(), changes, peft)
             layers = list(decoder_layers(base_model(trainer.model)).values())
             numbers: list[int] = []
+            gathered = count_gathers(patch)
             base_model(trainer.model).model.register_forward_pre_hook(
                 lambda *_, layers=layers, numbers=numbers: numbers.append(sum(x.gradient_checkpointing for x in layers))
             )
@@ -66,6 +68,8 @@ def train(rank: int, folder: str, out: str, runs: dict[str, dict[str, Any]]) -> 
                 "recomputed": [layer.gradient_checkpointing for layer in layers],
                 "tokens": trainer._total_train_tokens,
                 "numbers": numbers,
+                "gathered": len(gathered),
+                "keeps_random_states": layers[0]._gradient_checkpointing_func.keywords.get("preserve_rng_state", True),
                 "saved_bytes": trainer.checkpointing.saved_bytes if trainer.checkpointing else None,
             }
     return done
@@ -77,6 +81,21 @@ def draw_rows() -> Dataset:
     rows[9] += rows.pop()
     rows.pop()
     return Dataset.from_dict({"input_ids": rows})
+
+
+def count_gathers(patch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets an entry whenever FSDP gathers a unit."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    calls: list[int] = []
+    gather = _fsdp_param_group.foreach_all_gather
+
+    def count(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        return gather(*args, **named)
+
+    patch.setattr(_fsdp_param_group, "foreach_all_gather", count)
+    return calls
 
 
 class RunsOut:
@@ -111,6 +130,8 @@ RUNS: dict[str, dict[str, Any]] = {
     # The layer's calls: forward and again of the first micro-batch, then of the second, whose gradients are added.
     "recompute": {"layers": 2, "place": "recompute", "layer": 1, "call": 4},
     "a longer batch": {"layers": "auto", "room": NUM_LAYERS},
+    "kept gathered": {"layers": None, "changes": {"reshard_after_forward": False}},
+    "no dropout": {"layers": None, "dropout": 0.0, "changes": {"max_steps": 1}},
     "nothing left": {"layers": 4, "place": "forward", "layer": 1, "call": 1, "always": True},
 }
 
@@ -121,7 +142,7 @@ def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return ranks.run(train, folder, str(tmp_path_factory.mktemp("out")), RUNS)
 
 
-@pytest.mark.parametrize("name", ["one", "auto", "forward", "backward", "recompute", "a longer batch"])
+@pytest.mark.parametrize("name", ["one", "auto", "forward", "backward", "recompute", "a longer batch", "kept gathered"])
 def test_no_bit_depends_on_it(trained: list[dict[str, training.Run]], name: str) -> None:
     for runs in trained:
         reference, run = runs["all"], runs[name]
@@ -153,6 +174,20 @@ def test_a_longer_batch_on_any_rank_has_more_layers_computed_twice(trained: list
     for runs in trained:
         assert runs["a longer batch"].extra["numbers"] == [4, 4, 3, 3, NUM_LAYERS - 1, 0]
         assert runs["auto"].extra["numbers"] == [4, 4, 3, 3, 0, 0]
+
+
+def test_units_are_gathered_once_a_step_where_they_stay_whole_anyway(trained: list[dict[str, training.Run]]) -> None:
+    """Of three steps with two micro-batches: each layer is a unit, the embedding is, and norm and head are one."""
+    for runs in trained:
+        num_units = NUM_LAYERS + 2
+        assert runs["kept gathered"].extra["gathered"] == 3 * num_units
+        assert runs["all"].extra["gathered"] == 3 * 2 * (num_units + NUM_LAYERS)  # layers again for the backward
+
+
+def test_random_states_are_kept_only_with_dropout(trained: list[dict[str, training.Run]]) -> None:
+    for runs in trained:
+        assert runs["all"].extra["keeps_random_states"] is True
+        assert runs["no dropout"].extra["keeps_random_states"] is False and runs["no dropout"].losses
 
 
 def test_room_is_counted_for_the_longest() -> None:
