@@ -66,7 +66,7 @@ from .speed.kept_gathered import KeptGathered
 from .speed.module_walks import spare_walks
 from .speed.packed_attention import use_packed_attention
 from .speed.shard_steps import clip_gradients, step_on_shards
-from .speed.spared_states import spare_random_states
+from .speed.spared_states import SparedRandomStates
 from .summary import describe
 
 
@@ -129,7 +129,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             base, device = base_model(self.model), self.accelerator.device
             self.checkpointing = LayerCheckpointing(self.model, base, args.checkpoint_layers, device, names)
             self.add_callback(self.checkpointing)
-        spare_random_states(self.model, base_model(self.model).config, args)
+        self.add_callback(SparedRandomStates())
         self.kept_gathered = None if self.sharding_policy.reshard_after_forward else KeptGathered(self.model)
         self.trained = spare_walks(self.model, list(decoder_layers(base_model(self.model), names).values()))
         self._num_parameters = 0

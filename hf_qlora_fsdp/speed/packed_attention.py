@@ -11,13 +11,17 @@ sequences end instead:
 
 It is an attention function of transformers' own registry, `"sdpa_packed"`, and SDPA wherever a batch is not packed. The
 flash-attention package knows the lengths as well; a model that uses it is left alone. Models whose attention has more
-to it (windows, soft caps, sinks) keep the mask, with a line that says so.
+to it (windows, soft caps, sinks), or is not told the lengths, keep the mask, with a line that says so.
 """
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
 import itertools
+import re
+from types import CodeType
 from typing import Any
 
 import torch
@@ -47,6 +51,8 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
         model (`PreTrainedModel`): The transformers model, sharded or not.
     Returns:
         `bool`: Whether it does so now. Why not is said, unless it has a kernel for it already.
+    Raises:
+        ValueError: Nothing would keep the sequences apart.
     """
     chosen = model.config._attn_implementation
     if chosen == NAME:
@@ -55,14 +61,40 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
         return False
     obstacle = _find_obstacle(model, chosen)
     if obstacle:
-        log_once("Packed sequences are kept apart by a mask of S x S, which is slow: %s.", obstacle)
+        _fall_back(model, obstacle)
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _make_mask)
     model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        _fall_back(model, "the model's code has attention of its own, which cannot be replaced")
+        return False
     backbone = getattr(model, model.base_model_prefix, model)
     backbone.register_forward_pre_hook(_take_note, with_kwargs=True)
     return True
+
+
+def _fall_back(model: PreTrainedModel, obstacle: str) -> None:
+    """Leave it to the mask to keep sequences apart, if the model has one made that does.
+
+    That takes the positions, which begin anew with each sequence. A model that does not hand them to the function that
+    makes the mask gets one for a single long sequence, without a word: gpt-oss, Falcon, MPT, BLOOM and others of
+    transformers 5.23. It shows nowhere but in the code.
+    """
+    backbone = getattr(model, model.base_model_prefix, model)
+    try:
+        source = inspect.getsource(inspect.unwrap(type(backbone).forward))
+    except OSError:  # a class that was written in a cell
+        source = ""
+    made = re.findall(r"mask_kwargs = \{[^}]*\}|create_\w*mask\w*\([^)]*\)", source)
+    if made and not any("position_ids" in call for call in made):
+        raise ValueError(
+            f"Packing (or padding_free) with {type(model).__name__} and attn_implementation="
+            f"{model.config._attn_implementation!r}: {obstacle}, and the mask that transformers makes for it lets "
+            'each sequence see those before it in its row. Write packing=False, or attn_implementation="'
+            'flash_attention_2" in model_init_kwargs where the model and your GPUs can.'
+        )
+    log_once("Packed sequences are kept apart by a mask of S x S, which is slow: %s.", obstacle)
 
 
 def _find_obstacle(model: PreTrainedModel, chosen: str) -> str | None:
@@ -77,7 +109,27 @@ def _find_obstacle(model: PreTrainedModel, chosen: str) -> str | None:
         return "the model's attention has a soft cap"
     if any("sinks" in dict(module._parameters) for module in model.modules()):
         return "the model's attention has sinks"
+    if not all(_hands_on(module) for module in model.modules() if _is_attention(module) or _has_attention(module)):
+        return "the model's layers do not tell their attention how long sequences are"
     return None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in _code_of(module).co_names
+
+
+def _has_attention(module: nn.Module) -> bool:
+    return any(map(_is_attention, module.children()))
+
+
+def _hands_on(module: nn.Module) -> bool:
+    """Return whether a forward calls something with keyword arguments that it does not know by name."""
+    return any(instruction.opname == "CALL_FUNCTION_EX" for instruction in dis.get_instructions(_code_of(module)))
+
+
+def _code_of(module: nn.Module) -> CodeType:
+    """Return the code that the author of a class wrote: upstream wraps what it computes twice, and FSDP that."""
+    return inspect.unwrap(type(module).forward).__code__
 
 
 def _take_note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

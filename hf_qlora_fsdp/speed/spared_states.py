@@ -10,42 +10,49 @@ libraries below, and of every model whose config or modules speak of dropout, no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from transformers import TrainerCallback
 
-_NAMES = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")  # of transformers 5.17, and of 5.23
 _KNOWN = frozenset(
     {"abc", "bitsandbytes", "builtins", "hf_qlora_fsdp", "liger_kernel", "peft", "torch", "transformers", "typing"}
 )
 _WORDS = ("drop", "jitter", "noise", "random", "stochastic")
 
 
-def spare_random_states(model: nn.Module, config: Any, args: Any) -> bool:
-    """Let gradient checkpointing leave the random generators alone, if no layer asks them for anything.
+class SparedRandomStates(TrainerCallback):
+    """Lets gradient checkpointing leave the random generators alone, if no layer asks them for anything."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        spare_random_states(kwargs["model"])
+
+
+def spare_random_states(model: Any) -> None:
+    """Let layers that are computed twice not keep the states of generators, if nobody needs them.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model, its gradient checkpointing switched on. What its options
+            say about the states, they say still.
+    """
+    if draws_random_numbers(model, model.config):
+        return
+    for module in model.modules():
+        function: Any = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, functools.partial) and "preserve_rng_state" not in function.keywords:
+            module._gradient_checkpointing_func = functools.partial(function, preserve_rng_state=False)
+
+
+def draws_random_numbers(model: nn.Module, config: Any) -> bool:
+    """Return whether a forward in training may draw random numbers.
 
     Args:
         model (`nn.Module`): The model, with its adapter.
         config (`PreTrainedConfig`): Its config.
-        args (`TrainingArguments`): Whose options of `torch.utils.checkpoint.checkpoint` are completed. What they say
-            already, they say still.
-    Returns:
-        `bool`: Whether it does.
     """
-    given = getattr(args, _NAMES[0]) or {}
-    if not args.gradient_checkpointing or "preserve_rng_state" in given or draws_random_numbers(model, config):
-        return False
-    for name in _NAMES:
-        if hasattr(args, name):
-            # Without options, transformers would have said the first by itself.
-            setattr(args, name, {"use_reentrant": False, **given, "preserve_rng_state": False})
-    return True
-
-
-def draws_random_numbers(model: nn.Module, config: Any) -> bool:
-    """Return whether a forward in training may draw random numbers."""
     return _speaks_of_chance(config.to_dict()) or any(map(_may_draw, model.modules()))
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from hf_qlora_fsdp.speed import packed_attention
 from hf_qlora_fsdp.speed.packed_attention import NAME, attend, can_use_varlen, use_packed_attention
 from tests import training
 from tests.distributed import RankPool
-from tests.tiny import make_checkpoint, make_model
+from tests.tiny import draw_parameters, make_checkpoint, make_model
 
 LENGTHS = (11, 1, 30, 6)
 
@@ -114,6 +114,36 @@ def test_the_mask_is_kept_where_attention_has_more_to_it(
         assert not use_packed_attention(model)
     assert model.config._attn_implementation == chosen
     assert len(caplog.messages) == 1 and reason in caplog.messages[0]
+
+
+def make_other(family: str) -> Any:
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    config = AutoConfig.for_model(family, **sizes, num_hidden_layers=1, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    draw_parameters(model, 0)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["stablelm", "nemotron"])
+def test_the_mask_is_kept_where_attention_would_not_hear_of_it(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_other(family)
+    expected = model(**pack(draw_rows())).logits
+    with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
+        assert not use_packed_attention(model)
+    assert torch.equal(model(**pack(draw_rows())).logits, expected)
+    assert len(caplog.messages) == 1 and "do not tell their attention" in caplog.messages[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "reason"), [("falcon", "cannot be replaced"), ("gpt_oss", "was asked for")])
+def test_what_would_mix_sequences_is_refused(family: str, reason: str) -> None:
+    """Were the second sequence of a pack what it is alone, there would be nothing to refuse any more."""
+    model = make_other(family)
+    alone, packed = model(draw_rows()[2]).logits[0], model(**pack(draw_rows())).logits[0, 12:42]
+    assert (packed - alone).norm() > 0.01 * alone.norm()
+    with pytest.raises(ValueError, match=reason):
+        use_packed_attention(model)
 
 
 # ---- In training -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,17 +53,17 @@ def test_code_that_is_not_known_may() -> None:
     assert draws_random_numbers(model, model.config)
 
 
-@pytest.mark.parametrize(
-    ("enabled", "given", "settled"),
-    [
-        (True, {"use_reentrant": True}, {"use_reentrant": True, "preserve_rng_state": False}),
-        (True, None, {"use_reentrant": False, "preserve_rng_state": False}),
-        (True, {"preserve_rng_state": True}, {"preserve_rng_state": True}),
-        (False, None, None),
-    ],
-)
-def test_what_is_asked_for_is_left_as_it_is(enabled: bool, given: Any, settled: Any) -> None:
+@pytest.mark.parametrize("options", [None, {"use_reentrant": False, "preserve_rng_state": True}])
+def test_what_is_asked_for_is_left_as_it_is(options: Any) -> None:
     model = make_model("llama")
-    args = SimpleNamespace(gradient_checkpointing=enabled, gradient_checkpointing_kwargs=given)
-    spare_random_states(model, model.config, args)
-    assert args.gradient_checkpointing_kwargs == settled and not hasattr(args, "activation_checkpointing_kwargs")
+    model.activation_checkpointing_enable(options)
+    before = model.model.layers[0]._gradient_checkpointing_func.keywords
+    spare_random_states(model)
+    after = model.model.layers[0]._gradient_checkpointing_func.keywords
+    assert after == before | {"preserve_rng_state": options is not None}
+
+
+def test_without_gradient_checkpointing_nothing_is_touched() -> None:
+    model = make_model("llama")
+    spare_random_states(model)
+    assert not any("_gradient_checkpointing_func" in vars(module) for module in model.modules())
