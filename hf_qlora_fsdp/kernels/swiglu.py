@@ -104,7 +104,7 @@ class _Down(torch.autograd.Function):
         da_RI = db_KR = None
         dh_TR = backward_through_b(dy_TK, down, scaling)
         if needs_a or needs_b:
-            m_TI = silu_product(g, u).view(dy_TK.shape[0], -1)
+            m_TI = silu_product(g, u).view(-1, g.shape[-1])
             if needs_a:
                 da_RI = dh_TR.t().mm(m_TI)
             if needs_b:

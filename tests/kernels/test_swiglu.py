@@ -170,6 +170,16 @@ def test_what_is_computed_again_ends_before_down(monkeypatch):
     assert all(map(torch.equal, again, usual))
 
 
+@pytest.mark.parametrize("shape", [(0, HIDDEN), (2, 0, HIDDEN), (HIDDEN,)], ids=str)
+def test_no_rows_and_a_single_one(shape):
+    mlp = make_mlp(torch.float32)
+    x = torch.randn(shape, requires_grad=True)
+    expected = differentiate(mlp, x, torch.ones(shape), *adapter_of(mlp))
+    fuse_lora(mlp)
+    for mine, theirs in zip(differentiate(mlp, x, torch.ones(shape), *adapter_of(mlp)), expected, strict=True):
+        assert mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_graph_can_be_used_twice():
     mlp = make_mlp(torch.float32)
     fuse_lora(mlp)
