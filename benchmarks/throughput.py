@@ -5,8 +5,18 @@ stock TRL with FSDP2, bitsandbytes and PEFT, Llama shapes and random weights. A 
 before and after; a run's figure is the median over its repetitions, each the median of ten steps after warm-up. One
 group of processes does all runs of a kind, each on a fresh model, and two on one GPU each run side by side.
 
-    python benchmarks/throughput.py --row 8b-batch-2 --row 8b-batch-8 --minutes 8
     python benchmarks/throughput.py --profile /tmp/profiles      # all rows, and a profile of each run
+
+Where a call may take ten minutes, three calls do all rows on two H100s; stock runs in each that compares with it. The
+minutes are reckoned from the rates in `results.csv` and 30 s for each start, 5 to 17 s for each of our loads, 20 s for
+each of stock's; nobody has timed the calls themselves. `--checkpoints` saves writing stock's 15 GiB a second time.
+
+    W="--minutes 9.5 --checkpoints /tmp/stock"
+    python benchmarks/throughput.py $W --row 8b-batch-2 --row 8b-batch-8 --row 8b-batch-8-auto            # 7 minutes
+    python benchmarks/throughput.py $W --row 8b-packed --row 100-steps --row 70b                          # 7 minutes
+    python benchmarks/throughput.py $W --row 8b-batch-8-liger --row sharding-overhead --row one-gpu       # 7 minutes
+
+Rows that are not done in time are said to be not measured.
 
 Figures are appended to `results.csv`; the table of what was promised and measured comes last. `--tiny` does all of it
 on a CPU with a model of a few kilobytes, to see that the script works.

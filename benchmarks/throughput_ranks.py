@@ -141,6 +141,8 @@ def run(name: str, this: Run, options: argparse.Namespace) -> dict[str, Any]:
     Returns:
         `dict`: What was measured. Memory is the largest of all ranks.
     """
+    if this.kind == "stock" and this.liger and not (is_liger_kernel_available() or options.tiny):
+        raise RuntimeError(f"{name} is stock with Liger's kernels, which are not installed: pip install liger-kernel")
     shape = "tiny" if options.tiny else this.shape
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
