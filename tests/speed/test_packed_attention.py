@@ -232,3 +232,21 @@ def test_the_kernel_for_lengths(num_kv_heads: int) -> None:
     packed = run(torch.bfloat16, 0, 512, starts)
     for ours, theirs, true in zip(packed, alone(torch.bfloat16), alone(torch.float64), strict=True):
         assert (ours - true).norm() <= 1.5 * (theirs - true).norm()
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_found_and_used_in_layers_that_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    kernel = packed_attention._attend_varlen
+    monkeypatch.setattr(packed_attention, "_attend_varlen", lambda *args: used.append(1) or kernel(*args))
+    can_use_varlen.cache_clear()
+    model = make_model("llama", dtype=torch.bfloat16).cuda().train()
+    assert use_packed_attention(model)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    batch = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in pack(draw_rows()).items()
+    }
+    model(**batch).logits.float().square().mean().backward()
+    assert len(used) == 1 + 2 * 2  # the trial, and two layers, each twice
+    assert all(layer.self_attn.k_proj.weight.grad.any() for layer in model.model.layers)
