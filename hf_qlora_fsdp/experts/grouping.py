@@ -6,8 +6,8 @@ that nobody was sent to is a group of no rows; nothing is computed for it, and i
 ranks have to reduce the gradients of the same parameters.
 
 There are two ways to compute such a product. A **loop** takes one group after the other. `grouped_mm` of torch takes
-all of them in one launch, which matters for many small experts. It wants rows of a multiple of 16 bytes and, on GPUs,
-bfloat16 and compute capability 8.0; elsewhere the loop does the same.
+all of them in one launch, which matters for many small experts. It wants rows of a multiple of 16 bytes that begin at
+one and, on GPUs, bfloat16 and compute capability 8.0; elsewhere the loop does the same.
 
 How many rows each group has is known on the device. The loop needs it on the host, and so does whoever wants to leave
 groups out: the host then waits for all that the device has to do before. `Groups` asks when it is asked.
@@ -113,7 +113,19 @@ def can_fuse(x_SK: torch.Tensor, w_GKN: torch.Tensor) -> bool:
             *w_GKN.shape[1:],
         )
         return False
+    if x_SK.data_ptr() % 16 or w_GKN.data_ptr() % 16:
+        log_once("grouped_mm needs memory that begins at a multiple of 16 bytes: experts take turns instead.")
+        return False
     return True
+
+
+def in_rows(x_SK: torch.Tensor) -> torch.Tensor:
+    """Return the rows one after the other in memory, with the strides that say so.
+
+    `grouped_mm` asks for strides of 16 bytes, and in the gradient of matrices for rows that are not columns of memory.
+    A single row is contiguous to torch whatever its strides, hence the views.
+    """
+    return x_SK.contiguous().view(-1).view(x_SK.shape)
 
 
 def multiply_groups(
@@ -140,7 +152,7 @@ def multiply_groups(
     if groups.fused and len(w_GKN) > 1 and can_fuse(x_SK, w_GKN):
         rows = groups.rows(start, stop)
         ends = groups.ends[start:stop] - rows.start if rows.start else groups.ends[start:stop]
-        product = grouped_mm(x_SK[rows].contiguous(), w_GKN, offs=ends)
+        product = grouped_mm(in_rows(x_SK[rows]), w_GKN, offs=ends)
         if out_SN is None:
             return product
         if add:
@@ -164,6 +176,7 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_SK: torch.Tensor, w_GKN: torch.Tensor, groups: Groups) -> torch.Tensor:
+        x_SK = in_rows(x_SK)
         ctx.save_for_backward(x_SK, w_GKN)
         ctx.groups = groups
         return multiply_groups(x_SK, w_GKN, groups)
@@ -177,7 +190,7 @@ class _GroupedProduct(torch.autograd.Function):
             grad_x = multiply_groups(grad_SN, w_GKN.transpose(1, 2), groups)
         if ctx.needs_input_grad[1]:
             if groups.fused and can_fuse(grad_SN, w_GKN):
-                grad_w = grouped_mm(x_SK.t(), grad_SN.contiguous(), offs=groups.ends)
+                grad_w = grouped_mm(x_SK.t(), in_rows(grad_SN), offs=groups.ends)
                 # What is written for a group without rows is up to the kernel.
                 empty_G = groups.ends.diff(prepend=groups.ends.new_zeros(1)) == 0
                 grad_w = grad_w.masked_fill_(empty_G[:, None, None], 0)

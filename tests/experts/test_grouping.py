@@ -48,6 +48,30 @@ def check_products(device: str, dtype: torch.dtype, fused: bool, sizes: list[int
     assert torch.equal(w.grad, torch.stack([x_part.t() @ grad_part for x_part, _, grad_part in parts]))
 
 
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_rows_may_lie_in_memory_in_any_way(num_rows: int) -> None:
+    """Column by column, or one row in place of all: grouped_mm takes neither, as rows nor as their transpose."""
+    groups = Groups.count(torch.arange(num_rows) // 3, 2, fused=True)
+    w = torch.ones(2, 32, 16)
+    columns, same = torch.arange(32.0 * num_rows).view(32, num_rows).t(), torch.arange(32.0).expand(num_rows, 32)
+    for x in (columns, same):
+        weights = w.clone().requires_grad_()
+        y = grouped_product(x, weights, groups)
+        assert torch.equal(y, x.sum(1, keepdim=True).expand(num_rows, 16))
+        grad = torch.ones(16, num_rows).t() if x is columns else torch.ones(1, 16).expand(num_rows, 16)
+        y.backward(grad)
+        assert weights.grad is not None
+        assert torch.equal(weights.grad[0], x[:3].sum(0)[:, None].expand(32, 16))
+        assert torch.equal(weights.grad[1], x[3:].sum(0)[:, None].expand(32, 16))
+
+
+def test_memory_that_grouped_mm_does_not_take(caplog: pytest.LogCaptureFixture) -> None:
+    groups = Groups.count(torch.tensor([0, 1, 1]), 2, fused=True)
+    x, w = torch.ones(1 + 3 * 8)[1:].view(3, 8), torch.ones(2, 8, 8)
+    assert torch.equal(grouped_product(x, w, groups), torch.full((3, 8), 8.0))
+    assert "begins at a multiple of 16 bytes" in caplog.text
+
+
 def test_a_stride_that_grouped_mm_does_not_take(caplog: pytest.LogCaptureFixture) -> None:
     groups = Groups.count(torch.tensor([0, 1, 1]), 2, fused=True)
     x, w = torch.eye(3, 8, dtype=torch.bfloat16), torch.ones(2, 8, 4, dtype=torch.bfloat16)
