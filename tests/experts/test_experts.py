@@ -49,23 +49,22 @@ def make_moe(
     model_type: str, top_k: int = 2, implementation: str = "eager", dtype: Any = torch.float32, **more: Any
 ) -> Any:
     """A tiny frozen model of experts, all its parameters drawn."""
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=256,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        moe_intermediate_size=INTERMEDIATE,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096 * 32,
-        num_local_experts=NUM_EXPERTS,
-        num_experts=NUM_EXPERTS,
-        num_experts_per_tok=top_k,
-        pad_token_id=0,
-        **more,
-    )
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "moe_intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096 * 32,
+        "num_local_experts": NUM_EXPERTS,
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": top_k,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(model_type, **sizes | more)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=implementation)
     draw_parameters(model, seed=0)
     return model.requires_grad_(False)
@@ -82,9 +81,9 @@ def pack_and_dequantize(model: PreTrainedModel, dtype: torch.dtype = torch.float
     return packed
 
 
-def add_lora(model: PreTrainedModel, ours: bool) -> PeftModel:
+def add_lora(model: PreTrainedModel, ours: bool, rank: int = 8) -> PeftModel:
     """Put LoRA on attention and on experts, and draw both of its factors."""
-    config = LoraConfig(r=8, lora_alpha=12, target_modules=["q_proj"], target_parameters=TARGETS)
+    config = LoraConfig(r=rank, lora_alpha=12, target_modules=["q_proj"], target_parameters=TARGETS)
     if ours:
         config._register_custom_module({Experts4bit: ParamWrapper})
     peft_model = get_peft_model(model, config)
@@ -358,6 +357,23 @@ def sharded_errors(
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_sharded_over_two_ranks(ranks: RankPool, case: tuple[str, int, str, bool], offload: bool) -> None:
     for found in ranks.run(sharded_errors, case, offload):
+        check(found)
+
+
+def errors_where_nothing_divides(rank: int) -> dict[str, tuple[float, float]]:
+    sizes = {"num_local_experts": 5, "num_experts": 5, "intermediate_size": 160, "hidden_size": 100, "head_dim": 28}
+    model = make_moe("mixtral", 2, "grouped_mm", **sizes)
+    ours, stock = add_lora(pack_and_dequantize(model, chunk_bytes=1), True, 3), add_lora(model, False, 3)
+    shard(ours, ShardingPolicy(param_dtype=torch.float32))
+    batches = [tokens(2 + 4 * other, seed=other) for other in range(2)]
+    found = run(ours, [batches[rank]])
+    batches.append(batches.pop(rank))
+    return errors(found, stock, batches)
+
+
+def test_shapes_that_nothing_divides(ranks: RankPool) -> None:
+    """Five experts and 15 rows of factors over two ranks, rows of one block and a half, two tokens on one rank."""
+    for found in ranks.run(errors_where_nothing_divides):
         check(found)
 
 
