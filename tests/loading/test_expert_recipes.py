@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -231,22 +232,33 @@ def test_what_experts_do_not_take_is_refused(tmp_path: Path, options: dict[str, 
 # ---- Two ranks -------------------------------------------------------------------------------------------------------
 
 
-def load_and_run(rank: int, folders: dict[str, str]) -> dict[str, tuple[torch.Tensor, int]]:
+def load_and_run(rank: int, folders: dict[str, str], cache: str) -> dict[str, tuple[torch.Tensor, int]]:
     found = {}
     for model_type, folder in folders.items():
         lora = LoraConfig(r=4, target_modules="all-linear")
         policy = ShardingPolicy(param_dtype=torch.float32)
-        model = load_quantized_model(
-            folder, peft_config=lora, policy=policy, progress=False, expert_chunk_bytes=3 << 20
+        model, again = (
+            load_quantized_model(
+                folder,
+                peft_config=copy.deepcopy(lora),
+                policy=policy,
+                progress=False,
+                expert_chunk_bytes=3 << 20,
+                shard_cache_dir=cache,
+            )
+            for _ in range(2)
         )
         assert {m.chunk_bytes for m in model.modules() if isinstance(m, Experts4bit)} == {3 << 20}
         with torch.no_grad():
             logits = model(input_ids=tokens(6)).logits
+            assert (model.load_report.from_cache, again.load_report.from_cache) == (False, True)
+            assert torch.equal(again(input_ids=tokens(6)).logits, logits)
         found[model_type] = (logits, model.load_report.bytes_read)
     return found
 
 
 def test_loaded_over_two_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    """From the checkpoint, and then from the shard cache."""
     folders, expected = {}, {}
     for model_type in MODEL_TYPES:
         model = make_moe(model_type, implementation="grouped_mm")
@@ -258,7 +270,7 @@ def test_loaded_over_two_ranks(ranks: RankPool, tmp_path: Path) -> None:
                 codes, state = bnb_functional.quantize_4bit(module.weight, quant_type="nf4", compress_statistics=True)
                 module.weight.data = bnb_functional.dequantize_4bit(codes, state)
         expected[model_type] = model(tokens(6)).logits
-    results = ranks.run(load_and_run, folders)
+    results = ranks.run(load_and_run, folders, str(tmp_path / "cache"))
     for model_type, logits in expected.items():
         for found in results:
             torch.testing.assert_close(found[model_type][0], logits)
