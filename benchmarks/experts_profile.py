@@ -11,6 +11,10 @@ Then each product alone, with chunks of several sizes: how long it takes, and th
 result, which is compared with the formula of `hf_qlora_fsdp/experts/layers.py`.
 
     python benchmarks/experts_profile.py --shape mixtral-8x7b
+
+One card is enough, and about a minute for a shape (estimated). Without a card it runs too, without kernels and memory,
+in seconds for `--shape tiny`, `tiny-qwen3` and `tiny-gpt-oss`; the memory of a layer is then held to the formula by
+`tests/experts/test_experts.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,11 @@ Takes the options of `hf-qlora-fsdp rehearse` that `experts.py` gives it, and wr
 this package takes part but its stopwatch. Random weights are written to disk first, because `from_pretrained` reads
 nothing else; that is not timed. "Matmul share" counts the multiplications of the same model as ours.
 
+    python benchmarks/experts.py --row mixtral-4-layers --row mixtral-4-layers-stock --minutes 10
     python benchmarks/stock_experts.py CONFIG --seq 2048 --batch 1 --target-modules q_proj k_proj v_proj o_proj
+
+The first makes the config of four layers itself, runs ours beside it, and records both: about 5 minutes on two cards
+(estimated), most of them for writing and reading 13 GB.
 """
 
 from __future__ import annotations
