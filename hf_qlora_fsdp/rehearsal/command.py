@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -83,6 +84,7 @@ def launch(args: argparse.Namespace) -> int:
         OSError: The model's config cannot be had.
     """
     check(args)
+    check_machine(args)
     from .report import check_outputs, present
 
     check_outputs(args.json, args.plot)
@@ -110,10 +112,15 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: There is one.
     """
-    for name, least in {"seq": 2, "batch": 1, "grad_accumulation": 1, "steps": 2, "lora_r": 1}.items():
-        if getattr(args, name) < least:
+    reasons = {
+        "steps": "the first step is no measure of the others",
+        "cpu_offload_layers": "there is nothing to offload",
+    }
+    least_values = {"seq": 2, "batch": 1, "grad_accumulation": 1, "steps": 2, "lora_r": 1, "cpu_offload_layers": 1}
+    for name, least in least_values.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
             given = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            why = "the first step is no measure of the others" if name == "steps" else "there is nothing to train"
+            why = reasons.get(name, "there is nothing to train")
             raise ValueError(f"{given}: {why}. Give {least} or more.")
     if args.nproc != "auto" and (not args.nproc.isdecimal() or int(args.nproc) < 1):
         raise ValueError(f"--nproc {args.nproc} is no number of processes. Give 1 or more, or auto.")
@@ -135,6 +142,23 @@ def check(args: argparse.Namespace) -> None:
     args.cpu_offload = args.cpu_offload or args.cpu_offload_layers is not None or args.cpu_offload_dir is not None
     if args.no_pin and not args.cpu_offload:
         raise ValueError("--no-pin says how offloaded weights are kept, and none are. Add --cpu-offload.")
+
+
+def check_machine(args: argparse.Namespace) -> None:
+    """Refuse what this machine has not got, before processes are started.
+
+    Raises:
+        ValueError: A folder or a package is missing.
+    """
+    if args.cpu_offload_dir is not None and not Path(args.cpu_offload_dir).is_dir():
+        raise ValueError(
+            f"--cpu-offload-dir {args.cpu_offload_dir} is no folder, so there is nowhere to put the shards. Make it, "
+            "on a local disk, or name another."
+        )
+    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError(
+            "--use-liger-kernel needs liger-kernel, which is not installed. pip install liger-kernel, or leave it out."
+        )
 
 
 def find_config(model: str) -> None:

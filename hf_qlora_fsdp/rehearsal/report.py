@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ def check_outputs(json_file: str | None, plot_file: str | None) -> None:
     """Refuse, before the work, what could not be written after it.
 
     Raises:
-        ValueError: A folder is missing, or matplotlib is.
+        ValueError: A folder is missing or closed, the file is a folder, or matplotlib is missing.
     """
     for option, file in (("--json", json_file), ("--plot", plot_file)):
-        if file not in (None, "-") and not Path(str(file)).absolute().parent.is_dir():
+        if file is None or (file == "-" and option == "--json"):
+            continue
+        path = Path(file).absolute()
+        if not path.parent.is_dir():
             raise ValueError(f"{option} {file}: there is no folder for it. Make the folder, or name another file.")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"{option} {file}: no file can be written there. Name another.")
     if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             f"--plot {plot_file} needs matplotlib, which is not installed. pip install matplotlib, or leave it out: "

@@ -68,6 +68,10 @@ def take_part(rank: int, args: argparse.Namespace, folder: str | None) -> Any:
         (["--device-memory", "24"], "--device-memory '24' is not a size: .* Write 24GiB"),
         (["--no-pin"], "--no-pin says how offloaded weights are kept, and none are. Add --cpu-offload"),
         (["--json", "/no/such/folder/out.json"], "--json /no/such/folder/out.json: there is no folder for it"),
+        (["--json", "/tmp"], "--json /tmp: no file can be written there. Name another"),
+        (["--plot", "/tmp"], "--plot /tmp: no file can be written there. Name another"),
+        (["--cpu-offload-layers", "0"], "--cpu-offload-layers 0: there is nothing to offload. Give 1 or more"),
+        (["--cpu-offload-dir", "/no/such/folder"], "--cpu-offload-dir /no/such/folder is no folder, .* Make it"),
     ],
 )
 def test_options_that_cannot_work(
@@ -91,6 +95,12 @@ def test_a_plot_without_matplotlib(config: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--plot x.png needs matplotlib, .*pip install matplotlib"):
         rehearsal.launch(options(config, "--plot", "x.png"))
+
+
+def test_liger_that_is_not_installed(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--use-liger-kernel needs liger-kernel, .*pip install liger-kernel"):
+        rehearsal.launch(options(config, "--use-liger-kernel"))
 
 
 @pytest.mark.parametrize("name", ["empty", "nothing.json", "./nothing"])
