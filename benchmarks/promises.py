@@ -51,6 +51,7 @@ class Row:
         mapped (`bool`): Whether shards are mapped from `--offload-dir`.
         fits (`bool`): Whether it shall end well; otherwise it shall say clearly why not.
         loads_below (`bool`): Whether no more shall be in use while loading than in steady training.
+        steps (`int`): Steps, where `--steps` does not say otherwise: as many as ten minutes allow.
         tiny (`str`): The shape that stands for this one with `--tiny`.
         script (`str`, *optional*): A script beside this one that takes the options of `rehearse` and writes what it
             writes, to be run instead.
@@ -66,6 +67,7 @@ class Row:
     mapped: bool = False
     fits: bool = True
     loads_below: bool = False
+    steps: int = 8
     tiny: str = "tiny"
     script: str | None = None
 
@@ -115,7 +117,7 @@ def parse_arguments(claim: Claim) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=claim.title)
     parser.add_argument("--row", action="append", choices=claim.rows, required=True)
     parser.add_argument("--minutes", type=float, default=30, help="end by then, all rows together (%(default)s)")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="(8, or fewer for rows whose steps are long)")
     parser.add_argument("--device-memory", metavar="SIZE", help="cap cards at this instead of at the row's promise")
     parser.add_argument(
         "--host-memory", metavar="SIZE", help="limit all ranks to this, in a control group of their own"
@@ -175,12 +177,17 @@ def arguments(row: Row, options: argparse.Namespace) -> list[str]:
     """Return the row as arguments of the command line, less the model and the places that files go to."""
     if not options.tiny:
         limit = options.device_memory or (format_bytes(row.used_bytes) if row.used_bytes else None)
-        return [*row.words, "--steps", str(options.steps), *(["--device-memory", limit] if limit else [])]
+        return [*row.words, "--steps", str(num_steps(row, options)), *(["--device-memory", limit] if limit else [])]
     words = [word for word in row.words if word != "--activation-offloading"]  # which needs a card
     words[words.index("--seq") + 1] = "64"
     if "--cpu-offload-layers" in words:
         words[words.index("--cpu-offload-layers") + 1] = "1"
-    return [*words, "--steps", str(options.steps)]
+    return [*words, "--steps", str(num_steps(row, options))]
+
+
+def num_steps(row: Row, options: argparse.Namespace) -> int:
+    """Return how many steps a row is run for."""
+    return row.steps if options.steps is None else options.steps
 
 
 def run_command(command: list[str], group: MemoryGroup | None, deadline: float) -> bool:
@@ -270,7 +277,8 @@ def record(claim: Claim, name: str, outcome: dict[str, Any], options: argparse.N
         figures["step"] = outcome["seconds_per_step"], "s"
         figures["rate"] = outcome["tokens_per_second_per_device"], "tokens/s/GPU"
         figures["matmul share"] = 100 * outcome["matmul_share"], "%"
-    words = [f"python benchmarks/{Path(claim.file).name} --row", name, "--steps", str(options.steps)]
+    steps = num_steps(claim.rows[name], options)
+    words = [f"python benchmarks/{Path(claim.file).name} --row", name, "--steps", str(steps)]
     for option in ("device_memory", "host_memory", "swap"):
         if getattr(options, option):
             words += [f"--{option.replace('_', '-')}", getattr(options, option)]
