@@ -50,7 +50,7 @@ from .loading.random_weights import draw_weights
 from .loading.shard_cache import choose_folder, consult
 from .loading.sources import Piece, Slot, Slots, Source, plan_checkpoint
 from .loading.weights import Weights, find_weights
-from .offloading.staging import NUM_SLOTS
+from .offloading.staging import NUM_SLOTS, choose_slot_bytes
 from .packing import PackedLinear4bit
 from .ranks import fail_together, join_process_group, local_world_size, rank
 from .sharding import float32_parameters, make_mesh, mesh_device, move_buffers, shard_root, shard_unit
@@ -253,7 +253,7 @@ class _Loading:
         return Need(
             resident_bytes=(sum(sizes.values()) - sum(offloaded)) // world_size,
             offloaded_bytes=sum(offloaded) // world_size,
-            staging_bytes=0 if pinned else NUM_SLOTS * max(offloaded, default=0) // world_size,
+            staging_bytes=0 if pinned or not offloaded else NUM_SLOTS * choose_slot_bytes(offloaded) // world_size,
             mapped=self.policy.cpu_offload_dir is not None,
             kept=self.store is not None and self.store.memory.is_reused,
             transient_bytes=max(2 * sizes[name] + tensors[name] for name in groups),

@@ -27,7 +27,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .host_memory import HostMemory, PinnedMemory
-from .staging import StagingRing
+from .staging import StagingRing, choose_slot_bytes
 
 ALIGNMENT = 512
 
@@ -119,7 +119,7 @@ class HostStore:
         if isinstance(self.memory, PinnedMemory):
             return unit.region.to(self.device, non_blocking=True)
         if self._ring is None:
-            self._ring = StagingRing(self.device, max(unit.region.numel() for unit in self.units))
+            self._ring = StagingRing(self.device, choose_slot_bytes(unit.region.numel() for unit in self.units))
         return self._ring.fetch(unit)
 
 

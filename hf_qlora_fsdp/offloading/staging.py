@@ -9,7 +9,8 @@ in, from memory, from swap, or from a file. A page that is on disk is waited for
     copy stream    slot -> accelerator          when FSDP gathers the unit; an event says when the slot is free again
 
 A unit is one call into PyTorch, which copies on several cores and needs Python's lock only to begin and to end: the
-training loop holds that lock nearly all the time.
+training loop holds that lock nearly all the time. Slots have the size of a layer. What is larger, an embedding or a
+head, goes through them in pieces: three slots for the head of a 405B model would pin 6.3 GB on each rank.
 
 Which unit comes next is what came next the last time: units are gathered in the same order in every step, forwards and
 then backwards, so the last two units tell which one follows. A wrong guess costs time, never data.
@@ -18,7 +19,9 @@ then backwards, so the last two units tell which one follows. A wrong guess cost
 from __future__ import annotations
 
 import os
+import statistics
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -37,6 +40,22 @@ class StagedUnit(Protocol):
     region: torch.Tensor
 
 
+def choose_slot_bytes(sizes: Iterable[int]) -> int:
+    """Return the size of a slot for regions of these sizes: that of most of them, which are layers."""
+    return statistics.median_high([size for size in sizes if size] or [1])
+
+
+class Piece:
+    """A stretch of a region that is larger than a slot.
+
+    Args:
+        region (`torch.Tensor`): The stretch.
+    """
+
+    def __init__(self, region: torch.Tensor) -> None:
+        self.region = region
+
+
 class _Slot:
     """Pinned room for one unit, and the copying into it and out of it."""
 
@@ -51,20 +70,18 @@ class _Slot:
         self.unit = unit
         self.filled = thread.submit(_copy, self.room[: unit.region.numel()], unit.region, self.copied_out)
 
-    def send(self, device: torch.device) -> torch.Tensor:
+    def send(self, device: torch.device, target: torch.Tensor) -> None:
         """Copy the unit on to the device, in stream order."""
         assert self.unit is not None and self.filled is not None
         self.filled.result()
-        content = self.room[: self.unit.region.numel()]
+        target.copy_(self.room[: self.unit.region.numel()], non_blocking=True)
         if device.type == "cpu":
-            return content.clone()
-        sent = content.to(device, non_blocking=True)
+            return
         if self.copied_out is None:
             self.copied_out = torch.cuda.Event()
         else:  # a unit that is sent twice may be sent on two streams, and the slot is free when both copies are done
             torch.cuda.current_stream(device).wait_event(self.copied_out)
         self.copied_out.record()
-        return sent
 
 
 class StagingRing:
@@ -72,13 +89,14 @@ class StagingRing:
 
     Args:
         device (`torch.device`): Where the units are needed.
-        slot_bytes (`int`): Size of the largest region. `NUM_SLOTS` times as much is pinned.
+        slot_bytes (`int`): Size of a slot, see `choose_slot_bytes`. `NUM_SLOTS` times as much is pinned.
     """
 
     def __init__(self, device: torch.device, slot_bytes: int) -> None:
-        self.device = device
+        self.device, self.slot_bytes = device, slot_bytes
         memory = PinnedMemory() if device.type == "cuda" else HostMemory()
         self._slots = [_Slot(memory.allocate(slot_bytes)) for _ in range(NUM_SLOTS)]
+        self._pieces: dict[StagedUnit, list[Piece]] = {}
         self._last: tuple[StagedUnit | None, StagedUnit | None] = (None, None)
         self._followers: dict[tuple[StagedUnit | None, StagedUnit | None], StagedUnit] = {}
         cores = len(os.sched_getaffinity(0)) // local_world_size()
@@ -88,6 +106,18 @@ class StagingRing:
 
     def fetch(self, unit: StagedUnit) -> torch.Tensor:
         """Return a unit's region on the device, valid for what the current stream does from now on."""
+        arrived = torch.empty_like(unit.region, device=self.device)
+        if unit.region.numel() <= self.slot_bytes:
+            self._fetch(unit, arrived)
+            return arrived
+        if unit not in self._pieces:
+            self._pieces[unit] = [Piece(part) for part in unit.region.split(self.slot_bytes)]
+        for piece, target in zip(self._pieces[unit], arrived.split(self.slot_bytes), strict=True):
+            self._fetch(piece, target)
+        return arrived
+
+    def _fetch(self, unit: StagedUnit, target: torch.Tensor) -> None:
+        """Copy what fits into a slot, and have what comes next filled in meanwhile."""
         self._followers[self._last] = unit
         self._last = (self._last[1], unit)
         wanted, pair = [unit], self._last
@@ -100,7 +130,7 @@ class StagingRing:
                 self._slots.remove(spare)
                 self._slots.append(spare)  # the one filled longest ago is in front
                 spare.fill(expected, self._thread)
-        return next(slot for slot in self._slots if slot.unit is unit).send(self.device)
+        next(slot for slot in self._slots if slot.unit is unit).send(self.device, target)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, free: torch.cuda.Event | None) -> None:

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..offloading.staging import NUM_SLOTS
+from ..offloading.staging import NUM_SLOTS, choose_slot_bytes
 from .cards import HOLES, outside_bytes
 from .layer_trial import try_norm
 from .memory_model import Moment, Settings, find_peaks
@@ -117,7 +117,7 @@ def _find_host(weight: ModelWeight, settings: Settings) -> dict[str, Counter[str
     tensor = max(unit.transient_bytes for unit in weight.units)
     loading = at_rest + Counter({"reading": per_host * 2 * tensor})
     if regions and not settings.pins_memory:
-        at_rest["staging"] = per_host * NUM_SLOTS * max(regions)
+        at_rest["staging"] = per_host * NUM_SLOTS * choose_slot_bytes(regions)
     if settings.activation_offloading:
         at_rest["activations"] = per_host * _find_offloaded_activations(weight, settings)
     return {"load": loading, "first step": at_rest, "steady": at_rest}

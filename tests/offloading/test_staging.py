@@ -13,7 +13,7 @@ import torch
 
 from hf_qlora_fsdp.offloading import staging
 from hf_qlora_fsdp.offloading.host_memory import MappedFile, read_ahead
-from hf_qlora_fsdp.offloading.staging import NUM_SLOTS, StagingRing
+from hf_qlora_fsdp.offloading.staging import NUM_SLOTS, StagingRing, choose_slot_bytes
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,26 @@ def test_any_order_gives_the_right_bytes(units):
     choice = random.Random(0)
     for _ in range(300):
         fetch(ring, choice.choice(units))
+
+
+def test_what_is_larger_than_a_slot_goes_in_pieces(units, filled):
+    """An embedding and a head are larger than the layers, whose size slots have."""
+    embedding, head, *layers = units
+    for layer in layers:
+        layer.region = layer.region[:2001]
+    size = choose_slot_bytes(unit.region.numel() for unit in units)
+    ring = StagingRing(CPU, size)
+    assert [slot.room.numel() for slot in ring._slots] == [2001] * NUM_SLOTS
+    choice = random.Random(1)
+    for _ in range(100):
+        fetch(ring, choice.choice(units))
+    ring = StagingRing(CPU, size)
+    for _ in range(3):
+        filled.clear()
+        for unit in (embedding, *layers, head, *reversed(layers)):
+            fetch(ring, unit)
+    assert max(part.region.numel() for part in filled) == 2001
+    assert len(filled) <= 3 + len(layers) + 3 + len(layers), "nothing is filled twice: it is known what comes next"
 
 
 def test_what_is_fetched_is_a_copy_that_stays(units):
