@@ -161,6 +161,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
 # ---- More takes more -------------------------------------------------------------------------------------------------
 
 START = Settings(num_ranks=2, ranks_per_host=2, seq=1024, batch=2)
+STAGED = {"cpu_offload": True, "activation_offloading": True, "batch": 16}  # takes more of the host than loading does
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ START = Settings(num_ranks=2, ranks_per_host=2, seq=1024, batch=2)
         ([{"cpu_offload": True, "cpu_offload_layers": count} for count in (1, 8, 32)], "card", -1),
         ([{"cpu_offload": True, "cpu_offload_layers": count} for count in (1, 8, 32, None)], "host", +1),
         ([{"activation_offloading": False}, {"activation_offloading": True}], "card", -1),
-        ([{"cpu_offload": True}, {"cpu_offload": True, "cpu_offload_pin_memory": False}], "host", +1),
+        ([STAGED | {"cpu_offload_pin_memory": True}, STAGED | {"cpu_offload_pin_memory": False}], "host", +1),
         ([{"use_liger_kernel": False, "batch": 16}, {"use_liger_kernel": True, "batch": 16}], "card", -1),
         ([{"fuse_lora": True}, {"fuse_lora": False, "batch": 8}], "card", +1),
     ],
