@@ -109,9 +109,9 @@ def _free_gathered(module: Any, args: Any) -> None:
     """Free the buffer that a unit was gathered into, once it was copied into its parameters.
 
     In the forward, FSDP keeps it until the next unit is there, so that gathering that one need not wait for this one's
-    copy: two units lie in buffers then, beside the one that computes. For layers in 4 bits the copy takes a fiftieth of
-    the layer's time, and the second buffer is the size of the largest unit, 4.2 GB for the head of a 405B model. So it
-    is freed as FSDP itself does in the backward: the next gather, which may get the same memory, waits for the copy.
+    copy: two units lie in buffers then, beside the one that computes. For layers in 4 bits the copy takes a twentieth
+    of a layer's forward, and the second buffer is the size of the largest unit, 4.2 GB for the head of a 405B model. So
+    it is freed as FSDP itself does in the backward: the next gather, which may get the same memory, waits for the copy.
 
     Source:
         `FSDPParamGroup.wait_for_unshard` in torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py.
