@@ -7,8 +7,8 @@
                 -> try settings              `search.py`            the fastest that fits, or what would let one fit
 
 No weight is read and no card is asked, so a plan for a machine can be made on any other. How far it can be trusted is
-measured: each row of `benchmarks/planner_truth.py` is a real run, and the README has the table of what was predicted
-and what was seen. What a plan takes for granted stands at its end.
+measured by `benchmarks/planner_truth.py`, each row of which is a real run, and told by `benchmarks/planner_table.py`.
+What a plan takes for granted stands at its end.
 """
 
 from __future__ import annotations
