@@ -38,7 +38,7 @@ from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from hf_qlora_fsdp.speed.checkpointing import count_saved_bytes
 from tests.distributed import RankPool
 from tests.tiny import VOCAB_SIZE, make_checkpoint, tiny_dataset
-from tests.training import ours
+from tests.training import alone, ours
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -106,28 +106,34 @@ def train_and_weigh(rank: int, file: str, lora_r: int, offload: bool) -> dict[st
     return dict(sizes) | {f"offloaded {kind}": size for kind, size in offloaded.items()}
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("family", "lora_r", "offload"), [("llama", 5, True), ("qwen3", 8, False), ("mixtral", 4, False)]
+    ("family", "tied", "lora_r", "offload"),
+    [("llama", False, 5, True), ("qwen3", False, 8, False), ("qwen3", True, 8, False), ("mixtral", False, 4, False)],
+    ids=["offloaded", "dense", "tied", "experts"],
 )
-def test_shards_adapter_gradients_and_optimizer_are_exact(family, lora_r, offload, tmp_path, ranks: RankPool):
-    """Shares of two ranks, of weights whose rows do not divide evenly (r=5)."""
-    values = SIZES | TINY[family]
+def test_shards_adapter_gradients_and_optimizer_are_exact(
+    family, tied, lora_r, offload, num_ranks, tmp_path, ranks: RankPool
+):
+    """The share of a rank, of weights whose rows do not divide evenly (r=5)."""
+    values = SIZES | TINY[family] | {"tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    real, _ = ranks.run(train_and_weigh, str(tmp_path / "config.json"), lora_r, offload)
+    pool = ranks if num_ranks == 2 else alone()
+    real = pool.run(train_and_weigh, str(tmp_path / "config.json"), lora_r, offload)[0]
     weight = weigh_model(str(tmp_path), lora_r=lora_r)
     layers = 2 if offload else None
-    settings = Settings(num_ranks=2, ranks_per_host=2, cpu_offload=offload, cpu_offload_layers=layers)
+    settings = Settings(num_ranks=num_ranks, ranks_per_host=num_ranks, cpu_offload=offload, cpu_offload_layers=layers)
     held = resident(weight, settings)
     assert held["4-bit codes"] + held["scales"] == real["packed"]
     assert held["embedding, head and norms"] == real["plain"]
     assert held["LoRA"] == real["LoRA"]
     assert held["optimizer"] == real["optimizer"]
     assert find_peaks(weight, settings)["steady"].sizes["LoRA"] == real["LoRA"]
-    assert sum(4 * unit.parts.trained_numel(2) // 2 for unit in weight.units) == real["gradients"]
-    assert weight.layers[1].parts.gathered(2) == real["gathered"]
+    assert sum(4 * unit.parts.trained_numel(num_ranks) // num_ranks for unit in weight.units) == real["gradients"]
+    assert weight.layers[1].parts.gathered(num_ranks) == real["gathered"]
     if offload:
         away = [unit for unit in weight.layers if unit.unit.name in settings.offloaded(weight)]
-        assert sum(unit.parts.frozen_matrices.shards(2).total() for unit in away) == real["offloaded packed"]
+        assert sum(unit.parts.frozen_matrices.shards(num_ranks).total() for unit in away) == real["offloaded packed"]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
