@@ -5,14 +5,16 @@ One pair of processes trains many configurations one after the other, each with 
 by phase, seconds, and what lies outside of torch's allocator. A configuration that runs out of memory ends the
 processes; it is written down as such, and new ones go on with the next.
 
-    python benchmarks/planner_truth.py --out truth.jsonl --minutes 5
-    python benchmarks/planner_truth.py --measured truth.jsonl --results benchmarks/results.csv
+    python benchmarks/planner_truth.py --minutes 9.5 --results benchmarks/results.csv
+    python benchmarks/planner_table.py
 
-With `--pictures`, every allocation that is alive at the peak of a steady step is kept, summed by the code that asked
-for it, against which the planner's causes can be held one by one.
+What does not fit into the minutes is left out, the last configurations first; `--only` names the rest in another call,
+and `--measured FILE` records what an earlier call wrote. With `--pictures`, every allocation that is alive at the peak
+of a steady step is kept, summed by the code that asked for it, against which the planner's causes can be held one by
+one.
 
-On 2x H100 all of them take six minutes without the last one (405B, three more); `--tiny` runs them with models of a few
-kilobytes on a CPU, to see that the script works.
+On 2x H100 all of them are expected to take six to seven minutes without the last one (405B, three to four more);
+`--tiny` runs them with models of a few kilobytes on a CPU, to see that the script works.
 """
 
 from __future__ import annotations
@@ -152,18 +154,23 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Return the options of this run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("truth.jsonl"), help="a line for each configuration")
+    # Absolute, since the workers start in another folder.
+    parser.add_argument("--out", type=_absolute, default=_absolute("truth.jsonl"), help="a line for each configuration")
     parser.add_argument("--only", help=f"some of them, as a,b (all: {', '.join(CONFIGURATIONS)})")
     parser.add_argument("--minutes", type=float, default=10, help="begin nothing that would take longer (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="tiny models, without what needs a card")
     parser.add_argument("--pictures", action="store_true", help="record allocations, which makes steps slower")
-    parser.add_argument("--measured", type=Path, metavar="FILE", help="take an earlier run's --out, run nothing")
-    parser.add_argument("--results", type=Path, metavar="CSV", help="append the figures there")
+    parser.add_argument("--measured", type=_absolute, metavar="FILE", help="take an earlier run's --out, run nothing")
+    parser.add_argument("--results", type=_absolute, metavar="CSV", help="append the figures there")
     options = parser.parse_args()
     unknown = set(options.only.split(",")) - CONFIGURATIONS.keys() if options.only else set()
     if unknown:
         parser.error(f"--only {', '.join(sorted(unknown))}: no such configuration")
     return options
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).absolute()
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -181,7 +188,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def measure(options: argparse.Namespace) -> None:
     """Run the configurations, in new processes whenever one has failed."""
     deadline = time.time() + options.minutes * 60
-    out = options.out.absolute()
+    out = options.out
     out.write_text("")
     os.chdir(Path(__file__).parent)  # where `-m planner_truth` is found
     # Liger changes the classes of a model for as long as the process lives.
