@@ -52,7 +52,7 @@ class ExpertsB(ExpertsA):
 
 
 class ParamWrapper(lora.ParamWrapper):
-    """PEFT's wrapper of one parameter of a module of experts, for `experts.Experts4bit`.
+    """PEFT's wrapper of one parameter of a module of experts, for `layers.Experts4bit`.
 
     It has PEFT's name because PEFT asks for it (`_inject_parameters` in peft/tuners/tuners_utils.py). PEFT makes it
     instead of its own where a config says so: `config._register_custom_module({Experts4bit: ParamWrapper})`.

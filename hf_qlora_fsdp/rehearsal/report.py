@@ -40,7 +40,7 @@ def present(outcome: dict[str, Any], json_file: str | None, plot_file: str | Non
     """Print, write and draw an outcome.
 
     Args:
-        outcome (`dict`): Of `rehearsal.take_part`, or of `rehearsal.collect`.
+        outcome (`dict`): Of `command.take_part`, or of `command.collect`.
         json_file (`str`, *optional*): Where all figures go; `"-"` for stdout, and the table goes to stderr.
         plot_file (`str`, *optional*): Where the picture goes.
     Returns:

@@ -37,7 +37,7 @@ class Rehearsal:
     """A few steps of training on random weights, measured.
 
     Args:
-        options (`argparse.Namespace`): Of `rehearsal.add_arguments`, checked.
+        options (`argparse.Namespace`): Of `command.add_arguments`, checked.
         heartbeat (`Path`, *optional*): See `MemoryTrace`.
     """
 
