@@ -42,7 +42,8 @@ def apply_plan(args: Any, model: Any, peft_config: Any = None, quantization: Any
         peft_config (`LoraConfig`, *optional*): What is trained.
         quantization (`BitsAndBytesConfig`, *optional*): 4-bit type, in place of the fields of `args`.
     Raises:
-        ValueError: Nothing fits, or sequences may have any length. Says what would have to change.
+        ValueError: Nothing fits, sequences may have any length, or layers stay gathered. Says what would have to
+            change.
     """
     if not isinstance(model, str):
         log_once("auto_plan=True has no effect: the model is in memory already. Pass its name or folder instead.")
@@ -51,6 +52,11 @@ def apply_plan(args: Any, model: Any, peft_config: Any = None, quantization: Any
         raise ValueError(
             "auto_plan=True with max_length=None: sequences may have any length, so what they take cannot be planned. "
             "Write max_length."
+        )
+    if not args.reshard_after_forward:
+        raise ValueError(
+            "auto_plan=True with reshard_after_forward=False: the planner counts a layer as freed after its forward, "
+            "while this run would hold the whole 4-bit model. Leave one of the two out."
         )
     found = make_plan(args, model, peft_config, quantization)
     if rank() == 0:

@@ -464,6 +464,15 @@ def test_no_model_on_the_hub_is_refused_with_2(capsys):
     assert "'nobody/no-such-model' cannot be read" in capsys.readouterr().err
 
 
+def test_auto_plan_refuses_what_is_not_in_its_figures():
+    from types import SimpleNamespace
+
+    from hf_qlora_fsdp.planning.auto import apply_plan
+
+    with pytest.raises(ValueError, match=r"auto_plan=True with reshard_after_forward=False: .* Leave one of the two"):
+        apply_plan(SimpleNamespace(max_length=128, reshard_after_forward=False), "a-model")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["script.py", "config.yaml"])
 def test_what_is_emitted_runs(name, folder, tmp_path):
