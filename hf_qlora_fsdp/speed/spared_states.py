@@ -68,6 +68,13 @@ def _speaks_of_chance(config: Mapping[Any, Any]) -> bool:
         if isinstance(value, Mapping):
             if _speaks_of_chance(value):
                 return True
-        elif isinstance(value, (int, float)) and value > 0 and any(word in str(name).lower() for word in _WORDS):
+        elif any(word in str(name).lower() for word in _WORDS) and _is_positive(value):
             return True
     return False
+
+
+def _is_positive(value: Any) -> bool:
+    """Return whether a number is, or one of a list: a rate for each layer."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_positive, value))
+    return isinstance(value, (int, float)) and value > 0

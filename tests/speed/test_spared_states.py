@@ -40,6 +40,13 @@ def test_the_config_may_ask_for_random_numbers(family: str, overrides: dict[str,
     assert draws_random_numbers(model, model.config)
 
 
+@pytest.mark.parametrize(("rates", "draws"), [([0.0, 0.1], True), ([0.0, 0.0], False)])
+def test_a_list_of_rates_is_read(rates: list[float], draws: bool) -> None:
+    model = make_model("llama")
+    model.config.layer_dropout = rates
+    assert draws_random_numbers(model, model.config) is draws
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_adapter_may(dropout: float) -> None:
     base = make_model("llama")
