@@ -30,6 +30,11 @@ _PLANNED = (
     "cpu_offload_pin_memory",
     "cpu_offload_layers",
 )
+_NOT_COUNTED = {
+    "reshard_after_forward": (False, "a plan counts layers as freed after their forward, and all of them would stay"),
+    "cpu_offload_trainable": (True, "a plan counts what is trained on the card, and it would lie on the host"),
+}
+"""Options that change what a run takes in a way that no plan knows, each with the value that does."""
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
@@ -42,8 +47,8 @@ def apply_plan(args: Any, model: Any, peft_config: Any = None, quantization: Any
         peft_config (`LoraConfig`, *optional*): What is trained.
         quantization (`BitsAndBytesConfig`, *optional*): 4-bit type, in place of the fields of `args`.
     Raises:
-        ValueError: Nothing fits, sequences may have any length, or layers stay gathered. Says what would have to
-            change.
+        ValueError: Nothing fits, sequences may have any length, or an option is set that no plan counts. Says what
+            would have to change.
     """
     if not isinstance(model, str):
         log_once("auto_plan=True has no effect: the model is in memory already. Pass its name or folder instead.")
@@ -53,11 +58,9 @@ def apply_plan(args: Any, model: Any, peft_config: Any = None, quantization: Any
             "auto_plan=True with max_length=None: sequences may have any length, so what they take cannot be planned. "
             "Write max_length."
         )
-    if not args.reshard_after_forward:
-        raise ValueError(
-            "auto_plan=True with reshard_after_forward=False: the planner counts a layer as freed after its forward, "
-            "while this run would hold the whole 4-bit model. Leave one of the two out."
-        )
+    for name, (value, why) in _NOT_COUNTED.items():
+        if getattr(args, name) == value:
+            raise ValueError(f"auto_plan=True with {name}={value}: {why}. Leave one of the two out.")
     found = make_plan(args, model, peft_config, quantization)
     if rank() == 0:
         print(f"auto_plan\n{describe(found)}", flush=True)

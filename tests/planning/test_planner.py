@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from hf_qlora_fsdp import cli
 from hf_qlora_fsdp.experts.layers import Experts4bit
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.packing import PackedLinear4bit
+from hf_qlora_fsdp.planning.auto import apply_plan
 from hf_qlora_fsdp.planning.cards import CARDS, find_card, find_link
 from hf_qlora_fsdp.planning.layer_trial import ALLOCATION_BYTES, _catch_arguments, _ready_to_run, try_layer
 from hf_qlora_fsdp.planning.memory_estimate import estimate
@@ -464,13 +466,14 @@ def test_no_model_on_the_hub_is_refused_with_2(capsys):
     assert "'nobody/no-such-model' cannot be read" in capsys.readouterr().err
 
 
-def test_auto_plan_refuses_what_is_not_in_its_figures():
-    from types import SimpleNamespace
-
-    from hf_qlora_fsdp.planning.auto import apply_plan
-
-    with pytest.raises(ValueError, match=r"auto_plan=True with reshard_after_forward=False: .* Leave one of the two"):
-        apply_plan(SimpleNamespace(max_length=128, reshard_after_forward=False), "a-model")
+@pytest.mark.parametrize("option", [{"reshard_after_forward": False}, {"cpu_offload_trainable": True}])
+def test_auto_plan_refuses_what_is_not_in_its_figures(option):
+    args = SimpleNamespace(
+        **{"max_length": 128, "reshard_after_forward": True, "cpu_offload_trainable": False} | option
+    )
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"auto_plan=True with {name}={option[name]}: .* Leave one of the two out"):
+        apply_plan(args, "a-model")
 
 
 @pytest.mark.slow
