@@ -2,7 +2,9 @@
 
 `convert` finds out whose file it is by counting the keys that each program knows, and returns the same run in the names
 of ours. The promise is that nothing changes unseen: a key is either used, or named in a note with the reason why it
-makes no difference, or an error, because the result would be another. `foreign_keys.py` holds every reader to that.
+makes no difference, or an error, because the result would be another. `foreign_keys.py` holds every reader to that:
+`axolotl.py` (with `axolotl_data.py` and `axolotl_steps.py`), `llama_factory.py` and `accelerate.py`. What becomes of
+each key stands in tables, `*_keys.py`.
 
 A run may be written in two files: LLaMA-Factory's recipe for FSDP and QLoRA is one of its own, and accelerate's beside
 it. They become one run, in which no option has two values.
