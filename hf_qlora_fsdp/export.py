@@ -66,13 +66,13 @@ def check_exportable(model: PeftModel) -> None:
     Raises:
         EmptyAdapterError: Nothing is trainable, or some trainable tensor would be missing from the files.
     """
-    trained = set(trainable_parameters(model))
+    trained = trainable_parameters(model)
     if not trained:
         raise EmptyAdapterError(
             f"No parameter of the {type(model).__name__} is trainable, so its adapter would be empty. Was the adapter "
             "frozen or merged? Pass is_trainable=True to PeftModel.from_pretrained."
         )
-    whole = [name for name in trained if not isinstance(trainable_parameters(model)[name], DTensor)]
+    whole = [name for name, parameter in trained.items() if not isinstance(parameter, DTensor)]
     if whole and dist.is_initialized() and dist.get_world_size() > 1:
         raise EmptyAdapterError(
             f"{len(whole)} trained tensors, such as {whole[0]!r}, are whole on every rank, so nobody reduces their "

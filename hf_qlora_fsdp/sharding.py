@@ -191,6 +191,8 @@ def label_packed(modules: Iterable[nn.Module]) -> None:
 def float32_parameters(model: PreTrainedModel, dtype: torch.dtype) -> set[nn.Parameter]:
     """Return the parameters that the model insists on keeping in float32."""
     parts = keep_in_float32(model, dtype)
+    if not parts:  # of most models: this is asked for each unit, and walks through all of them
+        return set()
     return {parameter for name, parameter in model.named_parameters() if any(part in name for part in parts)}
 
 
