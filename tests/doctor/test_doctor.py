@@ -35,7 +35,8 @@ def start_doctor(*options: str, python: str = sys.executable, path: str = "", **
     inherited = {
         name: value for name, value in os.environ.items() if not [*environment_checks.find_variables({name: value})]
     }
-    env = {**inherited, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}", **environment}
+    paths = [path, str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
