@@ -133,6 +133,9 @@ def _describe_speed(outcome: dict[str, Any]) -> str:
         ("matmuls", f"{share:.1%} of the {rate:,.3g} TFLOP/s that large ones reach here"),
         ("loss", f"{losses[0]:.3f} to {losses[-1]:.3f}, on random weights and tokens"),
     ]
+    if outcome["allocator_retries"]:
+        often = f"{outcome['allocator_retries']} times after the first step"
+        rows.append(("memory", f"so full that torch had to wait, clear its cache and ask again, {often}"))
     return format_table(rows, title="speed")
 
 

@@ -25,7 +25,7 @@ from ..speed.matmul_share import count_multiplications, measure_matmul_rate
 from ..summary import count_parameters
 from ..trainer import QLoRAFSDPTrainer
 from ..units import parse_bytes
-from .memory_cap import FIRST_USE_BYTES, MemoryCap
+from .memory_cap import FIRST_USE_BYTES, LATER_BYTES, MemoryCap
 from .shortage import describe_shortage, is_out_of_memory
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
@@ -47,6 +47,7 @@ class Rehearsal:
         self.trace: MemoryTrace | None = None
         self.cap: MemoryCap | None = None
         self.matmul_rate = 0.0
+        self.retries_before = 0
 
     def run(self) -> dict[str, Any] | None:
         """Load, train and measure. A collective.
@@ -86,8 +87,9 @@ class Rehearsal:
         """Begin a phase, with the cap adjusted to what the one before has left on the card."""
         assert self.trace is not None
         self.trace.begin(phase)
+        self.retries_before = self._count_retries()
         if self.cap is not None:
-            self.cap.settle(0 if phase == "steady" else FIRST_USE_BYTES)
+            self.cap.settle(LATER_BYTES if phase == "steady" else FIRST_USE_BYTES)
 
     def describe_failure(self, error: Exception) -> dict[str, Any] | None:
         """Return a failure as an outcome, if it is one that a rehearsal is there to find."""
@@ -163,7 +165,14 @@ class Rehearsal:
             mine |= {"phases": [phase for phase in trace.phases if "peaks" in phase], "samples": trace.thinned()}
         if self.cap is not None:
             mine["outside"] = self.cap.first_outside_bytes, self.cap.outside_bytes
-        return mine | {"matmul_rate": self.matmul_rate}
+        return mine | {"matmul_rate": self.matmul_rate, "retries": self._count_retries() - self.retries_before}
+
+    def _count_retries(self) -> int:
+        """Return how often torch found no room so far, waited for the card, gave back what it had cached, and asked
+        again."""
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
 
     def _header(self) -> dict[str, Any]:
         on_gpu = self.device.type == "cuda"
@@ -203,6 +212,7 @@ class Rehearsal:
             "flops_per_token": flops,
             "matmul_flops_per_second": matmul_rate,
             "matmul_share": rate * flops / matmul_rate,
+            "allocator_retries": max(mine["retries"] for mine in everybody),
             "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         }
         used = max(phase["peaks"]["used"] for phase in outcome["phases"])

@@ -241,6 +241,9 @@ def test_a_rehearsal(outcome: dict[str, Any]) -> None:
     table = describe(outcome)
     for words in ("load first step steady", "options cpu_offload, no_pin", "It fits.", "LoRA r=4 on all-linear"):
         assert words in " ".join(table.split()), table
+    assert "clear its cache" not in table
+    crowded = " ".join(describe(outcome | {"allocator_retries": 7}).split())
+    assert "so full that torch had to wait, clear its cache and ask again, 7 times after the first step" in crowded
 
 
 WORDS = {
