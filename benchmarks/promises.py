@@ -253,7 +253,7 @@ def summarize(
         return name, "", "", "", verdict
     used = format_bytes(peak(outcome, "used"))
     used += f" (at most {format_bytes(row.used_bytes)})" if row.used_bytes else ""
-    rate = f"{outcome['tokens_per_second_per_device']:,.0f}" if outcome["fits"] else "-"
+    rate = f"{outcome['tokens_per_second_per_device']:,.0f}" if "seconds_per_step" in outcome else "-"
     floor = f" (at least {row.tokens_per_second:,})" if row.tokens_per_second else ""
     return name, used, rate + floor, format_bytes(peak(outcome, "host")), verdict
 
@@ -272,7 +272,7 @@ def record(claim: Claim, name: str, outcome: dict[str, Any], options: argparse.N
             figures[f"host memory, {kind}" if kind != "host" else kind] = peak(outcome, kind) / GIB, "GiB"
     if outcome["group_peak_bytes"] is not None:
         figures["control group"] = outcome["group_peak_bytes"] / GIB, "GiB"
-    if outcome["fits"]:
+    if "seconds_per_step" in outcome:  # it ended, within its cap or a little above
         figures["load"] = outcome["load_seconds"], "s"
         figures["step"] = outcome["seconds_per_step"], "s"
         figures["rate"] = outcome["tokens_per_second_per_device"], "tokens/s/GPU"

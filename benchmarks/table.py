@@ -22,13 +22,14 @@ RUNS = {
 }
 """Figures of `train_llama.py`, and what they are called in the table."""
 PROMISES = {
+    "fits": "kept to its memory",
     "used": "used GiB a card",
     "allocated": "in tensors",
     "rate": "tokens/s/GPU",
     "matmul share": "of the card's matmul rate, %",
     "host": "host GiB, all ranks",
 }
-"""Figures of rows of `promises.py`."""
+"""Figures of rows of `promises.py`. What was refused before it trained has no row."""
 TABLES = {
     "": (RUNS, re.compile(r"train_llama\.py (.*)")),
     "promises": (PROMISES, re.compile(r"(?:offload|experts)\.py --row (.*)")),
@@ -51,9 +52,16 @@ def format_table(which: str) -> str:
     columns, script = TABLES[which]
     lines = [f"| run | hardware | {' | '.join(columns.values())} |", "|---|---|" + "---|" * len(columns)]
     for (hardware, arguments), figures in read_runs(script).items():
-        values = " | ".join(f"{float(figures[name]):,.4g}" if name in figures else "" for name in columns)
-        lines.append(f"| `{arguments}` | {hardware} | {values} |")
+        if "used, load" not in figures or "used, steady" in figures:
+            values = " | ".join(_format(name, figures.get(name)) for name in columns)
+            lines.append(f"| `{arguments}` | {hardware} | {values} |")
     return "\n".join(lines)
+
+
+def _format(name: str, value: str | None) -> str:
+    if value is None:
+        return ""
+    return ("no", "yes")[int(value)] if name == "fits" else f"{float(value):,.4g}"
 
 
 if __name__ == "__main__":

@@ -94,6 +94,31 @@ def test_tables_of_results_are_the_generated_ones(which):
     assert f"<!-- {command} -->\n{format_table(which)}\n<!-- end of table -->" in README
 
 
+@pytest.fixture(scope="module")
+def comparisons():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import planner_table
+
+        yield planner_table, planner_table.compare()
+
+
+def test_table_of_plans_is_the_generated_one(comparisons):
+    module, found = comparisons
+    table = f"<!-- python benchmarks/planner_table.py -->\n{module.format_table(found)}\n<!-- end of table -->"
+    assert table in README
+
+
+def test_what_is_planned_is_what_was_measured(comparisons):
+    """On one and two GPUs, from 1B to 405B, with and without experts and offloading."""
+    _, found = comparisons
+    assert len(found) >= 16
+    for one in found:
+        said = f"{one.run.shape} {one.run.words}: {one.error:+.1%}, host {one.host_error:+.1%}"
+        assert -0.03 <= one.error <= 0.05, said
+        assert abs(one.host_error) <= 0.10, said
+
+
 def test_table_of_options_is_complete():
     """Every option of our own is in the table, with its default."""
     upstream = {field.name for field in dataclasses.fields(SFTConfig)}

@@ -17,7 +17,8 @@ passes from layer to layer, and `trial` for what a layer takes while it computes
 
 **2 U.** FSDP2 gathers into one buffer and copies out into the parameters. In the forward that buffer is freed before
 the unit computes (`sharding_policy.py`). In the backward it is that of the next unit, gathered ahead. One rank gathers
-nothing and copies once. A head that is tied to the embedding stays gathered with it for the whole step.
+nothing and copies its shards into the parameters: once, or twice where they come from the host. A head that is tied to
+the embedding stays gathered with it for the whole step.
 
 **x.** With checkpointing it is all that a layer keeps. Offloaded, the last five tensors are left on the card in the
 forward, since they may still be on their way (at the loss three of these are the norm's), and the layer's own in the
@@ -224,17 +225,20 @@ def _step(weight: ModelWeight, settings: Settings, held: Counter[str]) -> Iterat
     stays = (
         embedding.parts.gathered(ranks) if embedding and tied else 0
     )  # gathered from the embedding to the step's end
-    twice = 2 if ranks > 1 else 1
+    offloaded = settings.offloaded(weight)
+
+    def copies(unit: UnitWeight) -> int:
+        return 2 if ranks > 1 or unit.unit.name in offloaded else 1
 
     hidden = tokens * weight.config.get_text_config().hidden_size
     # Where layers keep their inputs on the card, the first of these is it.
     leaf = hidden * itemsize if settings.activation_offloading else 0
     if embedding:
-        yield _moment("embedding", held, {"gathered units": twice * embedding.parts.gathered(ranks)})
+        yield _moment("embedding", held, {"gathered units": copies(embedding) * embedding.parts.gathered(ranks)})
     kept = 0
     for index, (layer, trial) in enumerate(layers):
         lower = min(kept, (STASH - 1) * trial.kept + leaf) if settings.activation_offloading else kept + leaf
-        for name, count, computing in (("gathering", twice, {}), ("layer", 1, trial.forward)):
+        for name, count, computing in (("gathering", copies(layer), {}), ("layer", 1, trial.forward)):
             sizes = {"gathered units": stays + count * layer.parts.gathered(ranks), "kept activations": lower}
             yield _moment(f"{name} {index}", held, sizes, computing)
         kept += trial.kept
@@ -244,7 +248,7 @@ def _step(weight: ModelWeight, settings: Settings, held: Counter[str]) -> Iterat
     norm = try_norm(weight, batch=settings.batch, seq=settings.seq, use_liger_kernel=settings.use_liger_kernel)
     tile = min(tokens, TILE_TOKENS) * TILE_WORDS * itemsize
     whole = head.parts.gathered(ranks) if head else stays
-    gathered = twice * whole if head else whole
+    gathered = copies(head) * whole if head else whole
     yield _moment("gathering head", held, {"gathered units": gathered, "kept activations": kept + leaf})
     around = {"kept activations": kept + leaf + norm.kept}
     # The norm's output, and of it the rows that count.
