@@ -5,8 +5,9 @@ every rank; rank 0 tells. "busy" is the time in which any kernel runs, "idle" th
 alone" is when nothing but NCCL runs.
 
     python benchmarks/step_profile.py config.json --seq 2048 --steps 6
-    python benchmarks/step_profile.py config.json --seq 2048 --steps 6 --prefetch
+    python benchmarks/step_profile.py config.json --seq 2048 --steps 6 --prefetch --pools
 
+`--pools` tells of the step before it what torch held without using it (`memory_pools.py`).
 `--prefetch` has each decoder layer gather the next one when it begins itself, rather than when its Python ends: what
 that is worth where a layer's Python waits for the device.
 """
@@ -21,6 +22,7 @@ import time
 from typing import Any
 
 import torch
+from memory_pools import describe_pools
 from torch.autograd import DeviceType
 
 from hf_qlora_fsdp.anatomy import plan_units
@@ -41,6 +43,7 @@ class ProfiledStopwatch(Stopwatch):
     def __init__(self, rehearsal: Rehearsal) -> None:
         super().__init__(rehearsal)
         self.profile: Any = None
+        self.before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.rehearsal.options.prefetch:
@@ -48,6 +51,9 @@ class ProfiledStopwatch(Stopwatch):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)
+        if state.global_step == state.max_steps - 3 and self.rehearsal.options.pools:
+            self.before = torch.cuda.memory._snapshot()["segments"]
+            torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=10**6)
         if state.global_step == state.max_steps - 2:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -58,6 +64,13 @@ class ProfiledStopwatch(Stopwatch):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
+        if self.before is not None:
+            before, self.before = self.before, None
+            snapshot = torch.cuda.memory._snapshot()
+            torch.cuda.memory._record_memory_history(enabled=None)
+            if rank() == 0:
+                events = snapshot["device_traces"][torch.cuda.current_device()]
+                print(describe_pools(before, events, snapshot["segments"]), flush=True)
         if self.profile is not None:
             profile, self.profile = self.profile, None
             profile.__exit__(None, None, None)
@@ -110,12 +123,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     rehearsal.add_arguments(parser)
     parser.add_argument("--prefetch", action="store_true")
+    parser.add_argument("--pools", action="store_true")
     options = parser.parse_args()
     rehearsal.check(options)
+    if options.pools and not torch.cuda.is_available():
+        parser.error("--pools is of a GPU's memory, and there is none")
     if not is_worker():
         count = default_num_processes() if options.nproc == "auto" else int(options.nproc)
         agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        return subprocess.run([*agent, *sys.argv], check=False).returncode
+        return subprocess.run([*agent, "--", *sys.argv], check=False).returncode
     handed_on = argparse.Namespace(**rehearsal.vars_to_hand_on(options))
     rehearsal_ranks.Stopwatch = ProfiledStopwatch  # type: ignore[misc]
     outcome = Rehearsal(handed_on).run()

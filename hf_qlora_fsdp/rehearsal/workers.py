@@ -63,9 +63,10 @@ class Rehearsal:
             if not args.use_cpu:
                 self.device = torch.device("cuda", torch.cuda.current_device())
             self.trace = MemoryTrace(self.device, heartbeat=self.heartbeat)
+            # Before there is a cap: it takes 0.4 GiB, which the run itself may not have.
+            self.matmul_rate = measure_matmul_rate(self.device, args.compute_dtype)
             if self.options.device_memory:
                 self.cap = MemoryCap(parse_bytes(self.options.device_memory), self.device)
-            self.matmul_rate = measure_matmul_rate(self.device, args.compute_dtype)
             watch = Stopwatch(self)
             self.trace.begin("load")
             trainer = QLoRAFSDPTrainer(

@@ -106,7 +106,7 @@ def count_multiplications(base: Any) -> Multiplications:
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations a second of square matrix products: what this card, as cool as it is now, can do."""
     size = _SIZES[device.type]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
 
     num_rounds, began = 0, 0.0
