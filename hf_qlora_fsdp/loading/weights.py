@@ -144,7 +144,8 @@ class Weights:
         file that was changed in place differs in its time. A change that keeps size and time, and spares the middle of
         every tensor, is not noticed.
         """
-        return [self._identify(file) for file in sorted(self.files)]
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            return list(pool.map(self._identify, sorted(self.files)))
 
     def _identify(self, file: str) -> dict[str, object]:
         status, real = os.stat(file), os.path.basename(os.path.realpath(file))
