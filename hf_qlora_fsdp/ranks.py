@@ -42,6 +42,11 @@ def local_world_size() -> int:
     return int(_place().get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def share_of_cores() -> int:
+    """Return how many cores this process may use, if the others on this node use as many."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
 def is_launched() -> bool:
     """Return whether a launcher started this process: torchrun, `accelerate launch`, or srun with several tasks."""
     return "LOCAL_RANK" in _place()

@@ -18,7 +18,6 @@ then backwards, so the last two units tell which one follows. A wrong guess cost
 
 from __future__ import annotations
 
-import os
 import statistics
 import weakref
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ from typing import Protocol
 
 import torch
 
-from ..ranks import local_world_size
+from ..ranks import share_of_cores
 from .host_memory import HostMemory, PinnedMemory, read_ahead
 
 NUM_SLOTS = 3  # one on its way, two being filled
@@ -99,9 +98,9 @@ class StagingRing:
         self._pieces: dict[StagedUnit, list[Piece]] = {}
         self._last: tuple[StagedUnit | None, StagedUnit | None] = (None, None)
         self._followers: dict[tuple[StagedUnit | None, StagedUnit | None], StagedUnit] = {}
-        cores = len(os.sched_getaffinity(0)) // local_world_size()
-        # The number of threads is a setting of each thread, so that this one's changes nobody else's.
-        self._thread = ThreadPoolExecutor(1, "staging", torch.set_num_threads, (max(1, min(_MAX_CORES, cores - 1)),))
+        cores = max(1, min(_MAX_CORES, share_of_cores() - 1))
+        # The number of threads is a setting of each thread: that of threads which are there already stays.
+        self._thread = ThreadPoolExecutor(1, "staging", torch.set_num_threads, (cores,))
         weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def fetch(self, unit: StagedUnit) -> torch.Tensor:

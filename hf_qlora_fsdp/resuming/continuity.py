@@ -20,6 +20,7 @@ import hashlib
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -29,8 +30,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from ..ranks import share_of_cores
+
 _PACKAGES = ("hf_qlora_fsdp", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 20  # what a core's cache holds with the factors
+_MAX_CORES = 8
 _PRIME = 65_521  # the largest below 2^16, as in Adler-32
 _NUM_SAMPLES = 64
 
@@ -154,7 +158,7 @@ def base_checksum(model: Any) -> str:
     they are trained against, so another quantisation, or another order of rows, is another base.
     """
     if getattr(model, "_base_checksum", None) is None:
-        total = 0
+        sum_bytes, total = _ByteSum(), 0
         for index, parameter in enumerate(parameter for parameter in model.parameters() if not parameter.requires_grad):
             if isinstance(parameter, DTensor):
                 local, num_rows = parameter.to_local(), parameter.shape[0]
@@ -164,21 +168,36 @@ def base_checksum(model: Any) -> str:
                 local, offset = parameter, 0
             else:
                 continue
-            total += (index + 1) * _sum_of_bytes(local, offset)
+            total += (index + 1) * sum_bytes(local, offset)
         totals: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(totals, total)
         model._base_checksum = f"{sum(totals) % (1 << 64):016x}"
     return model._base_checksum
 
 
-def _sum_of_bytes(tensor: torch.Tensor, offset: int) -> int:
-    """Sum a tensor's bytes, each weighted by its place modulo a prime; `offset` bytes lie before the first."""
-    total = 0
-    for chunk in tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK_BYTES):
-        places = torch.arange(offset, offset + chunk.numel(), device=chunk.device) % _PRIME + 1
-        total += int((places * chunk).sum())
-        offset += chunk.numel()
-    return total
+class _ByteSum:
+    """Sums a tensor's bytes, each times 1 more than its place modulo a prime.
+
+    The factors of a chunk are a stretch of a table, so that a byte costs one product. Host memory, of which an
+    offloaded model can have a hundred gigabytes a rank, is summed by several threads.
+    """
+
+    def __init__(self) -> None:
+        self._factors = torch.arange(_PRIME + _CHUNK_BYTES, dtype=torch.int32) % _PRIME + 1
+
+    def __call__(self, tensor: torch.Tensor, offset: int) -> int:
+        """Return the sum, for a tensor before whose first byte lie `offset` others."""
+        chunks = tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK_BYTES)
+        firsts = [(offset + index * _CHUNK_BYTES) % _PRIME for index in range(len(chunks))]
+        if tensor.device.type != "cpu":
+            self._factors = self._factors.to(tensor.device)
+            return int(sum(map(self._sum, chunks, firsts), start=torch.zeros((), dtype=torch.int64)))
+        self._factors = self._factors.cpu()
+        with ThreadPoolExecutor(min(_MAX_CORES, share_of_cores())) as pool:
+            return sum(int(part) for part in pool.map(self._sum, chunks, firsts))
+
+    def _sum(self, chunk: torch.Tensor, first: int) -> torch.Tensor:
+        return (self._factors[first : first + chunk.numel()] * chunk).sum()
 
 
 def _describe_adapter(config: Any) -> dict[str, Any]:

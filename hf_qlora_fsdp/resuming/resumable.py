@@ -32,7 +32,7 @@ from ..export import load_adapters, load_optimizer, save_adapter, save_optimizer
 from ..ranks import fail_together, log_once, rank
 from ..sharding import base_model
 from .checkpoints import STAGING_PREFIX, clear_leftovers, newest_valid, prune, publish, seal, verify
-from .continuity import check_continues, compare_data, describe_data, describe_run, find_commit
+from .continuity import base_checksum, check_continues, compare_data, describe_data, describe_run, find_commit
 from .random_states import load_random_states, save_random_states
 from .watch import EXIT_PREEMPTED, GradientWatch, PreemptionCallback
 
@@ -73,6 +73,8 @@ class ResumableTrainer(SFTTrainer):
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         if checkpoint and self._is_finished(checkpoint):
             return TrainOutput(self.state.global_step, 0.0, {})
+        if self.args.save_strategy != "no":
+            base_checksum(self.model)  # now, since a signal may leave half a minute for the first checkpoint
         try:
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:

@@ -67,6 +67,18 @@ def test_the_checksum_of_the_base_sees_values_and_order_and_not_the_sharding(ran
         assert len({whole, value, order, rows}) == 4
 
 
+def test_bytes_are_summed_by_their_places():
+    """Over several chunks, and from any place on, as a rank's shard is."""
+    from hf_qlora_fsdp.resuming.continuity import _ByteSum
+
+    content = torch.randint(256, (5 * 2**19 + 3,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    places = torch.arange(content.numel()) % 65_521 + 1
+    summed = _ByteSum()
+    assert summed(content, 0) == int((places * content).sum())
+    for cut in (1, 65_521, 2**20 + 7):
+        assert summed(content[:cut], 0) + summed(content[cut:], cut) == summed(content, 0)
+
+
 def numbers(*values: int, column: str = "input_ids") -> Dataset:
     return Dataset.from_list([{column: [value, value]} for value in values])
 
