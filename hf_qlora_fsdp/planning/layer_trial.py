@@ -242,12 +242,6 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
     norms = [module for module in base.modules() if "RMSNorm" in type(module).__name__] if liger else []
     for parameter, data in masters.items():
         parameter.data = data.to(weight.param_dtype)
-    said, logger.disabled = logger.disabled, True  # what runs unfused is said in the run itself
-    if fuse:
-        fuse_lora(model)
-        for module in model.modules():  # the meta device is none that autocast knows
-            if isinstance(forward := module.__dict__.get("forward"), FusedLora):
-                forward.is_usual = lambda x: True  # type: ignore[method-assign]
     for norm in norms:
         norm.forward = lambda x, module=norm: _LigerNorm.apply(x, module.weight)
     model.train()
@@ -255,22 +249,36 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
     for module, name, stand_in in _STAND_INS:
         setattr(module, name, stand_in)
     try:
-        yield
+        with fused_layers(weight) if fuse else contextlib.nullcontext():
+            yield
     finally:
         for module, name, own in in_place_of:
             setattr(module, name, own)
-        logger.disabled = said
-        unfuse_lora(model)
         for norm in norms:
             del norm.forward
         for parameter, data in masters.items():
             parameter.data = data
 
 
+@contextlib.contextmanager
+def fused_layers(weight: ModelWeight) -> Iterator[None]:
+    """Have the layers of the short model run fused. What then runs unfused is said in the run itself."""
+    said, logger.disabled = logger.disabled, True
+    fuse_lora(weight.short)
+    for module in weight.short.modules():  # the meta device is none that autocast knows
+        if isinstance(forward := module.__dict__.get("forward"), FusedLora):
+            forward.is_usual = lambda x: True  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        logger.disabled = said
+        unfuse_lora(weight.short)
+
+
 def _dequantize_pieces(
     stack: torch.Tensor, start: int, stop: int, layout: StackLayout, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Make what `expert_stacks.dequantize_pieces` does, and on the meta device nothing beside it."""
+    """Make what `experts/stacks.dequantize_pieces` does, and on the meta device nothing beside it."""
     if not stack.is_meta:
         return dequantize_pieces(stack, start, stop, layout, dtype)
     piece, raw = layout.piece, stack.detach().view(-1)

@@ -20,11 +20,12 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
+from ..settling import PRECISIONS
 from ..units import format_bytes
 from .cards import CARDS, HOLES, Card, find_card, find_link
 from .memory_estimate import MemoryEstimate, estimate
 from .memory_model import Settings
-from .search import Candidate, Change, Machine, Search, check_settings, explain, find_fast, find_nearest
+from .search import Candidate, Change, Machine, Search, check_names, check_settings, explain, find_fast, find_nearest
 from .weighing import ModelWeight, weigh_model
 
 DEFAULT_TARGET_BATCH = 16
@@ -113,11 +114,13 @@ def estimate_memory(
         model,
         lora_r=_positive("lora_r", lora_r),
         target_modules=target_modules,
-        param_dtype=getattr(torch, param_dtype),
+        param_dtype=_dtype(param_dtype),
         trust_remote_code=trust_remote_code,
     )
     ranks = _positive("num_gpus", num_gpus)
-    whole = Settings(num_ranks=ranks, ranks_per_host=min(ranks, gpus_per_host or ranks), **settings)
+    per_host = ranks if gpus_per_host is None else _positive("gpus_per_host", gpus_per_host)
+    check_names(settings)
+    whole = Settings(num_ranks=ranks, ranks_per_host=min(ranks, per_host), **settings)
     check_settings(whole, len(weight.layers))
     return estimate(weight, whole, compute_capability)
 
@@ -182,7 +185,7 @@ def plan(
         target_modules=target_modules,
         peft_config=peft_config,
         quantization_config=quantization_config,
-        param_dtype=getattr(torch, param_dtype),
+        param_dtype=_dtype(param_dtype),
         trust_remote_code=trust_remote_code,
         **hub,
     )
@@ -193,6 +196,7 @@ def plan(
         use_liger_kernel=use_liger_kernel,
         fuse_lora=fuse_lora,
     )
+    check_names(fixed or {})
     start = replace(start, **(fixed or {}))
     batches = find_batches(machine.num_gpus, batch, target_batch)
     search = Search(weight, machine, fixed or {})
@@ -249,6 +253,12 @@ def _positive(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}: there is nothing to plan for fewer than {least}. Give {least} or more.")
     return value
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in PRECISIONS:
+        raise ValueError(f"param_dtype={name!r}: nothing is computed in that. Write one of {', '.join(PRECISIONS)}.")
+    return getattr(torch, name)
 
 
 def _describe_machine(

@@ -15,10 +15,11 @@ equally fast to a bound; of such the one is taken that leaves most to the host.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..translation import nearest
 from ..units import format_bytes
 from .cards import Card
 from .memory_estimate import MemoryEstimate, estimate
@@ -260,6 +261,18 @@ def explain(candidate: Candidate, chosen: Candidate, is_fast: bool) -> Candidate
         where = f"{format_bytes(more)} more of the host" if more else "as much of the host and more of a card"
         return replace(candidate, reason=f"fits, as fast, and takes {where}")
     return replace(candidate, reason=f"fits, {1 - mine / best:.1%} slower: waits for {candidate.time.bound}")
+
+
+def check_names(settings: Iterable[str]) -> None:
+    """Refuse what is no setting.
+
+    Raises:
+        ValueError: One is unknown, or is given by another argument.
+    """
+    known = {field.name for field in fields(Settings)} - {"num_ranks", "ranks_per_host"}
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{name}: there is no such setting to plan with. {nearest(name, known)}")
 
 
 def check_settings(settings: Settings, num_layers: int) -> None:

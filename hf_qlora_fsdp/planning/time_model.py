@@ -6,8 +6,9 @@
     host          what offloaded weights, and activations, cross the link to the host
     launches      Python and the launching of kernels, which a fast card waits for where the work is small
 
-Gathering and copying run beside the computation, so a step takes the longest of the four, not their sum: at best. What
-a real run adds to it (norms and other passes over memory, waiting at the seams) is measured by `rehearse`.
+Gathering and copying run beside the computation, so a step takes the longest of the four, not their sum: at best. On
+one rank FSDP gathers nothing ahead, and a layer waits until its weights have come from the host. What a real run adds
+(norms and other passes over memory, waiting at the seams) is measured by `rehearse`.
 
 Source:
     `speed/matmul_share.py` for the operations; QLoRA on FSDP needs no gradients of frozen weights, so 6 P a token with
@@ -16,11 +17,13 @@ Source:
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 from ..speed.matmul_share import Multiplications, count_multiplications
 from .cards import Card
+from .layer_trial import fused_layers
 from .memory_model import Settings
 from .weighing import ModelWeight
 
@@ -42,6 +45,7 @@ class TimeBounds:
     Args:
         compute (`float`), dequantise (`float`), gather (`float`), host (`float`), launches (`float`): See above.
         tokens (`int`): Of a step, on all ranks.
+        host_waits (`float`): Of `host`, what nothing runs beside.
     """
 
     compute: float
@@ -50,21 +54,28 @@ class TimeBounds:
     host: float
     launches: float
     tokens: int
+    host_waits: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return max(self.compute + self.dequantise, self.gather, self.host, self.launches) + STEP_SECONDS
+        return self.host_waits + max(self._beside.values()) + STEP_SECONDS
 
     @property
     def bound(self) -> str:
         """What the step waits for."""
-        times = {
+        times = self._beside
+        most = max(times, key=lambda name: times[name])
+        return most if times[most] >= self.host_waits else "the link to the host"
+
+    @property
+    def _beside(self) -> dict[str, float]:
+        """What runs side by side."""
+        return {
             "computing": self.compute + self.dequantise,
             "gathering": self.gather,
-            "the link to the host": self.host,
+            "the link to the host": self.host - self.host_waits,
             "Python": self.launches,
         }
-        return max(times, key=lambda name: times[name])
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,10 +94,11 @@ def bound_time(weight: ModelWeight, settings: Settings, card: Card, link: float,
     times = settings.gradient_accumulation_steps
     ranks, tokens, layers = settings.num_ranks, settings.tokens, weight.layers
     again = settings.recomputed(len(layers)) / max(len(layers), 1)
-    once, twice = (_count(weight).flops_per_token(settings.seq, checkpointing=flag) for flag in (False, True))
+    counted = _count(weight, settings.fuse_lora)
+    once, twice = (counted.flops_per_token(settings.seq, checkpointing=flag) for flag in (False, True))
     flops = tokens * (once + again * (twice - once))
     itemsize = weight.param_dtype.itemsize
-    unpacked = weight.num_packed * (0.5 + itemsize) * (2 + again)
+    unpacked = (weight.num_packed * (2 + again) - counted.spared * again) * (0.5 + itemsize)
 
     gathered = sum(unit.parts.gathered(ranks) for unit in layers)
     received = 2 * gathered * (ranks - 1) / ranks
@@ -94,14 +106,16 @@ def bound_time(weight: ModelWeight, settings: Settings, card: Card, link: float,
     regions = sum(unit.parts.frozen_matrices.region(ranks) for unit in weight.units if unit.unit.name in offloaded)
     kept = tokens * weight.config.get_text_config().hidden_size * itemsize * len(layers)
     # Activations go one way in the forward and the other in the backward; weights the same way in both.
-    host = 2 * regions + (kept if settings.activation_offloading else 0)
+    weights = times * 2 * regions / host_link
+    activations = times * kept / host_link if settings.activation_offloading else 0.0
     return TimeBounds(
         compute=times * flops / (EFFICIENCY * card.flops),
         dequantise=times * unpacked / card.memory_rate,
         gather=times * received / link if ranks > 1 else 0.0,
-        host=times * host / host_link,
+        host=weights + activations,
         launches=times * LAUNCH_SECONDS * len(layers) * (2 + again) / 3,
         tokens=times * tokens * ranks,
+        host_waits=weights if ranks == 1 else 0.0,
     )
 
 
@@ -115,19 +129,22 @@ class _Alone:
         return None
 
 
-def _count(weight: ModelWeight) -> Multiplications:
-    """Count the matrices that a token passes, of all layers."""
-    if "multiplications" not in weight.trials:
-        config = weight.config
-        counts = {
-            layer.kind: count_multiplications(_Alone(weight.base.get_submodule(layer.kind), config))
-            for layer in weight.layers
-        }
+def _count(weight: ModelWeight, fuse: bool) -> Multiplications:
+    """Count the matrices that a token passes, of all layers, fused or not."""
+    key = "multiplications", fuse
+    if key not in weight.trials:
+        with fused_layers(weight) if fuse else contextlib.nullcontext():
+            counts = {
+                layer.kind: count_multiplications(_Alone(weight.base.get_submodule(layer.kind), weight.config))
+                for layer in weight.layers
+            }
         head = weight.base.get_output_embeddings()
-        weight.trials["multiplications"] = Multiplications(
+        weight.trials[key] = Multiplications(
             frozen=sum(counts[layer.kind].frozen for layer in weight.layers),
             head=head.weight.numel() if head is not None else 0,
             trained=sum(counts[layer.kind].trained for layer in weight.layers),
             attention=next(iter(counts.values())).attention,
+            spared=sum(counts[layer.kind].spared for layer in weight.layers),
+            spared_trained=sum(counts[layer.kind].spared_trained for layer in weight.layers),
         )
-    return weight.trials["multiplications"]
+    return weight.trials[key]

@@ -51,7 +51,7 @@ class Multiplications:
         head (`int`): Frozen weights of the LM head.
         trained (`int`): Trained weights in decoder layers.
         attention (`int`): Heads x head size, summed over the layers.
-        spared (`int`): Weights, frozen or trained, that checkpointing does not multiply again.
+        spared (`int`), spared_trained (`int`): Of both kinds, weights that checkpointing does not multiply again.
     """
 
     frozen: int
@@ -59,13 +59,15 @@ class Multiplications:
     trained: int
     attention: int
     spared: int = 0
+    spared_trained: int = 0
 
     def flops_per_token(self, sequence_length: int, checkpointing: bool) -> int:
         """Return the operations of forward and backward, see the module docstring."""
         again = 1 if checkpointing else 0
         attention = 2 * (sequence_length + 1) * self.attention
         once = 2 * (2 * self.frozen + 2 * self.head + 3 * self.trained) + 3 * attention
-        return once + again * (2 * (self.frozen + self.trained - self.spared) + attention)
+        twice = self.frozen + self.trained - self.spared - self.spared_trained
+        return once + again * (2 * twice + attention)
 
 
 def count_multiplications(base: Any) -> Multiplications:
@@ -99,7 +101,8 @@ def count_multiplications(base: Any) -> Multiplications:
         head=head.weight.numel() if head is not None else 0,
         trained=trained,
         attention=config.num_hidden_layers * config.num_attention_heads * head_size,
-        spared=sum(layout.numel for layout in layouts) + sum(weight.numel() for weight in adapters),
+        spared=sum(layout.numel for layout in layouts),
+        spared_trained=sum(weight.numel() for weight in adapters),
     )
 
 

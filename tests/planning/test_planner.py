@@ -2,7 +2,7 @@
 
 What follows from shapes alone (shards, adapter, gradients, optimizer, what a layer saves) is held against real tiny
 models, byte for byte. What only cards can show is held against the rows of `benchmarks/results.csv` that real cards
-wrote (`test_cards_took_what_was_planned`).
+wrote (`test_what_is_planned_is_what_was_measured` in tests/test_readme.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -35,6 +36,7 @@ from hf_qlora_fsdp.planning.layer_trial import ALLOCATION_BYTES, _catch_argument
 from hf_qlora_fsdp.planning.memory_estimate import estimate
 from hf_qlora_fsdp.planning.memory_model import Settings, find_peaks, resident
 from hf_qlora_fsdp.planning.planner import estimate_memory, find_batches, plan
+from hf_qlora_fsdp.planning.time_model import EFFICIENCY, STEP_SECONDS, bound_time
 from hf_qlora_fsdp.planning.weighing import ModelWeight, weigh_model
 from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from hf_qlora_fsdp.speed.checkpointing import count_saved_bytes
@@ -307,6 +309,43 @@ def test_swap_serves_what_is_not_pinned():
     given: dict[str, Any] = {"num_gpus": 2, "device_memory": 8 * GIB, "host_memory": 24 * GIB, "target_batch": 2}
     found = plan(config_of(LLAMA_70B), **given, swap=64 * GIB)
     assert found.fits and found.chosen.settings.cpu_offload and not found.chosen.settings.cpu_offload_pin_memory
+
+
+def test_the_last_product_of_a_fused_mlp_is_not_counted_twice(weights):
+    """As a rehearsal counts what it has run (`speed/matmul_share.py`)."""
+    card, link = find_card("H100"), 1e11
+    fused, apart = (
+        bound_time(weights["70b"], Settings(num_ranks=2, fuse_lora=flag), card, link, link) for flag in (1, 0)
+    )
+    down, adapter = 8192 * 28672, 16 * (8192 + 28672)
+    spared = 80 * 2 * (down + adapter) * 2048
+    assert (apart.compute - fused.compute) * EFFICIENCY * card.flops == pytest.approx(spared)
+    assert (apart.dequantise - fused.dequantise) * card.memory_rate == pytest.approx(80 * down * 2.5)
+
+
+def test_on_one_rank_a_layer_waits_for_its_weights(weights):
+    card, link = find_card("H100"), 2e10
+    settings = Settings(num_ranks=1, batch=8, cpu_offload=True, activation_offloading=True)
+    alone = bound_time(weights["8b"], settings, card, link, link)
+    two = bound_time(weights["8b"], replace(settings, num_ranks=2), card, link, link)
+    assert alone.host_waits > 0 and two.host_waits == 0
+    assert alone.seconds - STEP_SECONDS == pytest.approx(alone.host_waits + alone.compute + alone.dequantise)
+    assert two.seconds - STEP_SECONDS == pytest.approx(max(two.compute + two.dequantise, two.host, two.gather))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"param_dtype": "bf16"}, "Write one of bfloat16, float16, float32"),
+        ({"sequence": 5}, "sequence: there is no such setting to plan with. Known: activation_offloading"),
+        ({"batch_": 5}, "Did you mean 'batch'"),
+        ({"num_ranks": 2}, "num_ranks: there is no such setting"),
+        ({"gpus_per_host": 0}, "gpus_per_host=0"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(arguments, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        estimate_memory(config_of(SIZES | TINY["llama"]), **arguments)
 
 
 @pytest.mark.parametrize(
