@@ -42,7 +42,7 @@ from .errors import ShardingError
 from .experts.layers import fused_experts
 from .offloading.offload import HostStore, HostTensor, shard_bytes
 from .packing import PackedLinear4bit, repack
-from .ranks import fail_together, log_once
+from .ranks import fail_together, join_process_group, log_once
 from .sharding_policy import ShardingPolicy
 from .units import format_bytes, format_dtype
 
@@ -259,17 +259,19 @@ def shard_model(model: nn.Module, policy: ShardingPolicy, device: torch.device |
     """
     base = base_model(model)
     _check_quantized(base)
+    join_process_group("cuda" if torch.cuda.is_available() else "cpu")
     mesh = make_mesh()
     device = device or mesh_device(mesh)
     ignored = float32_parameters(base, policy.param_dtype)
-    replaced = {name: module for name, module in model.named_modules() if _is_unpacked(module)}
+    unpacked = [name for name, module in model.named_modules() if _is_unpacked(module)]
     total_bytes = sum(parameter.nbytes for parameter in model.parameters())
     cast: Counter[torch.dtype] = Counter()
-    for name, linear in replaced.items():
+    for name in unpacked:
         parent, _, leaf = name.rpartition(".")
+        linear = model.get_submodule(name)
         packed = repack(linear, compute_dtype=policy.param_dtype, storage_dtype=policy.param_dtype)
         setattr(model.get_submodule(parent), leaf, packed)
-    del replaced
+        linear._parameters.clear()  # the weight refers to the layer, and would stay until garbage is collected
     units = plan_units(base, policy.class_names)
     with fail_together("making room for offloaded shards"):
         store = policy.make_store(device)

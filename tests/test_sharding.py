@@ -25,11 +25,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from hf_qlora_fsdp import sharding
 from hf_qlora_fsdp.anatomy import plan_units
 from hf_qlora_fsdp.errors import ShardingError
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.loading.adapters import initialize_adapter, inject_adapter
-from hf_qlora_fsdp.packing import PackedLinear4bit, dequantize
+from hf_qlora_fsdp.packing import PackedLinear4bit, dequantize, repack
 from hf_qlora_fsdp.sharding import (
     base_model,
     check_sharded,
@@ -433,6 +434,28 @@ def test_each_rank_holds_its_part_scales_included(ranks, tmp_path):
     for described in ranks.run(describe_shards, make_checkpoint(tmp_path)):
         assert described["is_sharded"] and described["part"] == pytest.approx(1 / 2, abs=1e-3)
         assert described["labels"] == {("nf4", True)} and described["num_packed"] == 14
+
+
+def count_weights_held(rank: int, folder: str) -> list[int]:
+    held: list[int] = []
+    weights: list[weakref.ref[Any]] = []
+
+    def counting(linear: Any, **options: Any) -> Any:
+        weights.append(weakref.ref(linear.weight))
+        held.append(sum(weight() is not None for weight in weights))
+        return repack(linear, **options)
+
+    model = whole_model(folder, torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "repack", counting)
+        shard_model(model, ShardingPolicy())
+    return held
+
+
+def test_a_model_in_memory_is_not_held_twice(ranks, tmp_path):
+    """Of the weights as bitsandbytes made them, only the one that is repacked has been there beside its copy."""
+    for held in ranks.run(count_weights_held, make_checkpoint(tmp_path)):
+        assert held == [1] * 14
 
 
 def shard_what_is_not_quantised(rank: int, folder: str) -> str:
