@@ -72,8 +72,7 @@ def decoder_layers(model: PreTrainedModel, class_names: list[str] | None = None)
     wanted = set(class_names or _unsplittable_classes(model))
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        inside_another = any(name.startswith(f"{layer}.") for layer in found)
-        if _class_name(module) in wanted and not inside_another:
+        if _class_name(module) in wanted and not any(name.startswith(f"{layer}.") for layer in found):
             found[name] = module
     missing = wanted - {_class_name(module) for module in found.values()}
     if not found or (class_names and missing):
@@ -130,8 +129,9 @@ def _repeated_classes(model: nn.Module) -> set[str]:
     classes: set[str] = set()
     seen: list[str] = []
     for name, module in model.named_modules():
-        inside_another = any(name.startswith(f"{outer}.") for outer in seen)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside_another:
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if not any(name.startswith(f"{outer}.") for outer in seen):
             seen.append(name)
             classes |= {_class_name(child) for child in module}
     return classes

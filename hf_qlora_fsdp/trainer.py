@@ -166,16 +166,16 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         """Give an adapter to a model that is sharded without one: its layers become units of their own."""
         policy, mesh = self.sharding_policy, make_mesh()
         if not isinstance(model, PeftModel):
-            log_once(
-                "The model was sharded without an adapter, so each layer's LoRA weights become a unit of their own, "
-                "gathered separately. Give peft_config to load_quantized_model to have them in the layer's unit."
-            )
             if peft_config.use_dora or peft_config.modules_to_save:
                 given = "use_dora=True" if peft_config.use_dora else "modules_to_save"
                 raise ValueError(
                     f"peft_config has {given}, which starts from whole weights, but the model is sharded already. Give "
                     "peft_config to load_quantized_model, or pass the model's name or folder."
                 )
+            log_once(
+                "The model was sharded without an adapter, so each layer's LoRA weights become a unit of their own, "
+                "gathered separately. Give peft_config to load_quantized_model to have them in the layer's unit."
+            )
             model = inject_adapter(model, peft_config)
             initialize_adapter(model, peft_config, mesh_device(mesh))
             base = base_model(model)
@@ -242,11 +242,12 @@ def _hidden_from_trl(model: nn.Module, args: QLoRAFSDPConfig) -> Iterator[None]:
     """
     base: Any = base_model(model)
     options = args.model_init_kwargs
+    marked = getattr(base, "is_loaded_in_4bit", False)
     base.is_loaded_in_4bit, args.model_init_kwargs = False, None
     try:
         yield
     finally:
-        base.is_loaded_in_4bit, args.model_init_kwargs = True, options
+        base.is_loaded_in_4bit, args.model_init_kwargs = marked, options
 
 
 def _complete_heads(model: nn.Module) -> None:

@@ -52,7 +52,7 @@ CHUNK_BYTES = 1 << 28
 
 
 class Adapter(Protocol):
-    """What is added to one of the products, such as `expert_lora.ParamWrapper`."""
+    """What is added to one of the products, such as a `lora.ParamWrapper`."""
 
     parameter_name: str
 

@@ -53,7 +53,7 @@ class _MicroBatch:
     num_items: Any
     synchronizes: bool
     random_states: tuple[torch.Tensor, torch.Tensor | None]
-    metrics: dict[str, list[float]]
+    num_metrics: dict[str, int]
     num_tokens: float
 
 
@@ -186,10 +186,10 @@ class LayerCheckpointing(TrainerCallback):
         """
         on_gpu = self.device.type == "cuda"
         states = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None
-        metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
+        num_metrics = {name: len(values) for name, values in trainer._metrics["train"].items()}
         synchronizes = trainer.accelerator.sync_gradients
         longest = self._agree_on_longest(inputs)
-        this = _MicroBatch(inputs, longest, num_items, synchronizes, states, metrics, trainer._total_train_tokens)
+        this = _MicroBatch(inputs, longest, num_items, synchronizes, states, num_metrics, trainer._total_train_tokens)
         self.micro_batches.append(this)
         pending = [this]
         while True:
@@ -271,8 +271,8 @@ class LayerCheckpointing(TrainerCallback):
         torch.set_rng_state(random_state)
         if device_state is not None:
             torch.cuda.set_rng_state(device_state, self.device)
-        trainer._metrics["train"].clear()
-        trainer._metrics["train"].update({name: list(values) for name, values in batch.metrics.items()})
+        for name, values in trainer._metrics["train"].items():
+            del values[batch.num_metrics.get(name, 0) :]
         trainer._total_train_tokens = batch.num_tokens
 
     def _final_error(self, said: str) -> torch.OutOfMemoryError:
