@@ -180,7 +180,8 @@ def unpack(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, to
 
 def dequantize(packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
     """Return the weight `[N, K]` in `dtype` from its packed buffer: in one kernel on GPUs that have Triton."""
-    if packed.is_cuda and (fused := _find_fused(packed.device)):
+    kind = layout.quant_type, layout.double_quant, layout.blocksize
+    if packed.is_cuda and (fused := _find_fused(packed.device, dtype, *kind)):
         return fused(packed.detach(), layout, dtype)
     return dequantize_in_parts(packed, layout, dtype)
 
@@ -201,16 +202,20 @@ def dequantize_in_parts(packed: torch.Tensor, layout: PackedLayout, dtype: torch
 
 
 @functools.cache
-def _find_fused(device: torch.device) -> Callable[[torch.Tensor, PackedLayout, torch.dtype], torch.Tensor] | None:
-    """Return the fused kernel if it runs on this device and gives the bits of bitsandbytes; it is tried here."""
+def _find_fused(
+    device: torch.device, dtype: torch.dtype, *kind: Any
+) -> Callable[[torch.Tensor, PackedLayout, torch.dtype], torch.Tensor] | None:
+    """Return the fused kernel if it runs on this device and gives the bits of bitsandbytes, which is tried.
+
+    For each dtype and kind of layout: Triton compiles another kernel for each.
+    """
     try:
         from .kernels.nested_dequantize import dequantize_packed
 
         fused = functools.partial(dequantize_packed, nested_blocksize=NESTED_BLOCKSIZE)
-        layout = PackedLayout((96, 70))
+        layout = PackedLayout((96, 70), *kind)
         probe = quantize(torch.linspace(-1, 1, layout.numel, device=device).view(layout.shape), layout, torch.float32)
-        expected = dequantize_in_parts(probe, layout, torch.bfloat16)
-        if torch.equal(fused(probe, layout, torch.bfloat16), expected):
+        if torch.equal(fused(probe, layout, dtype), dequantize_in_parts(probe, layout, dtype)):
             return fused
         problem = "its numbers are not those of bitsandbytes on this device"
     except Exception as error:  # no triton, no C compiler for what it generates, a device it does not know

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -115,7 +116,8 @@ def dequantize_pieces(
         layout (`StackLayout`): The layout of `stack`.
         dtype (`torch.dtype`): Dtype of the result.
     """
-    if stack.is_cuda and (fused := _find_fused(stack.device)):
+    kind = layout.piece.quant_type, layout.piece.double_quant, layout.piece.blocksize
+    if stack.is_cuda and (fused := _find_fused(stack.device, dtype, *kind)):
         return fused(stack, start, stop, layout, dtype)
     return dequantize_pieces_in_parts(stack, start, stop, layout, dtype)
 
@@ -156,15 +158,18 @@ def dequantize_pieces_in_parts(
 
 
 @functools.cache
-def _find_fused(device: torch.device) -> Callable[..., torch.Tensor] | None:
-    """Return `dequantize_pieces_fused` if it runs here and gives the bits of bitsandbytes, which is tried."""
+def _find_fused(device: torch.device, dtype: torch.dtype, *kind: Any) -> Callable[..., torch.Tensor] | None:
+    """Return `dequantize_pieces_fused` if it runs here and gives the bits of bitsandbytes, which is tried.
+
+    For each dtype and kind of layout, as in `packing.py`.
+    """
     try:
-        layout = StackLayout(PackedLayout((320, 64)), 3)  # more than one nested block, the last of them short
+        layout = StackLayout(PackedLayout((320, 64), *kind), 3)  # more than one nested block, the last of them short
         stack = torch.zeros(layout.packed_shape(torch.float32), dtype=torch.float32, device=device)
         for index in range(layout.num_pieces):
             piece = torch.linspace(-1, index, layout.piece.numel, device=device).view(layout.piece.shape)
             insert_piece(stack, index, quantize(piece, layout.piece, torch.float32), layout)
-        probe = (stack, 1, 3, layout, torch.bfloat16)
+        probe = (stack, 1, 3, layout, dtype)
         if torch.equal(dequantize_pieces_fused(*probe), dequantize_pieces_in_parts(*probe)):
             return dequantize_pieces_fused
         problem = "its numbers are not those of bitsandbytes on this device"

@@ -77,14 +77,14 @@ def make_stack(layout: StackLayout, device: str = "cpu") -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bits_are_those_of_bitsandbytes_on_a_gpu(dtype):
     pytest.importorskip("triton")
-    fused = packing._find_fused(torch.device("cuda", 0))
+    fused = packing._find_fused(torch.device("cuda", 0), dtype)
     assert fused is not None
     for layout in [*LAYOUTS, PackedLayout((4096, 4097))]:
         packed = make_packed(layout, "cuda:0")
         expected = dequantize_in_parts(packed, layout, dtype)
         assert compare_bits(fused(packed, layout, dtype), expected), layout
         assert compare_bits(dequantize(packed, layout, dtype), expected), layout
-    assert expert_stacks._find_fused(torch.device("cuda", 0)) is not None
+    assert expert_stacks._find_fused(torch.device("cuda", 0), dtype) is not None
     for stacked in STACKS:
         stack = make_stack(stacked, "cuda:0")
         for run in ((0, 4), (1, 3), (3, 4)):
@@ -158,8 +158,8 @@ def test_without_triton_one_line_says_so(monkeypatch, caplog):
     monkeypatch.delitem(sys.modules, "hf_qlora_fsdp.kernels.nested_dequantize", raising=False)
     packing._find_fused.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
-        assert packing._find_fused(torch.device("cpu")) is None
-        assert packing._find_fused(torch.device("cpu")) is None
+        assert packing._find_fused(torch.device("cpu"), torch.bfloat16) is None
+        assert packing._find_fused(torch.device("cpu"), torch.bfloat16) is None
     packing._find_fused.cache_clear()
     assert len(caplog.messages) == 1 and "triton" in caplog.messages[0]
 
@@ -172,6 +172,6 @@ def test_a_kernel_with_other_numbers_is_not_used(monkeypatch, caplog):
     monkeypatch.setattr(nested_dequantize, "dequantize_packed", wrong)
     packing._find_fused.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
-        assert packing._find_fused(torch.device("cpu")) is None
+        assert packing._find_fused(torch.device("cpu"), torch.bfloat16) is None
     packing._find_fused.cache_clear()
     assert "not those of bitsandbytes" in caplog.text
