@@ -3,7 +3,7 @@ r"""Claim: models far larger than two cards train on them, their frozen weights 
 Each row is one `hf-qlora-fsdp rehearse` (random weights of the real shapes, the real trainer) held to what it promises
 (`promises.py`).
 
-    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True NCCL_BUFFSIZE=1048576 NCCL_MAX_NCHANNELS=8
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True NCCL_BUFFSIZE=1048576
     python benchmarks/offload.py --minutes 6 --steps 6 --row 70b-resident --row 70b-pinned --row 70b-unpinned -- \
         --use-liger-kernel
     sudo -E python benchmarks/offload.py --minutes 7 --row 70b-swap-pinned --row 70b-mapped -- --use-liger-kernel
