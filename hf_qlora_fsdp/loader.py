@@ -217,7 +217,8 @@ class _Loading:
                     for module in modules:
                         initialize_adapter(module, peft_config, self.device)
                 # Parameters change their identity while they come in, so this is asked anew for each unit.
-                ignored = float32_parameters(self.model, self.policy.param_dtype)
+                names = unit.modules if unit else ("",)
+                ignored = float32_parameters(self.model, self.policy.param_dtype, names)
                 self._measure(modules)
                 if unit:
                     place = self.store if unit.name in self.offloaded else None

@@ -188,12 +188,15 @@ def label_packed(modules: Iterable[nn.Module]) -> None:
                 child.label_weight()
 
 
-def float32_parameters(model: PreTrainedModel, dtype: torch.dtype) -> set[nn.Parameter]:
-    """Return the parameters that the model insists on keeping in float32."""
+def float32_parameters(model: PreTrainedModel, dtype: torch.dtype, modules: Iterable[str] = ("",)) -> set[nn.Parameter]:
+    """Return the parameters that the model insists on keeping in float32, of all or of some of its modules."""
     parts = keep_in_float32(model, dtype)
-    if not parts:  # of most models: this is asked for each unit, and walks through all of them
-        return set()
-    return {parameter for name, parameter in model.named_parameters() if any(part in name for part in parts)}
+    found: set[nn.Parameter] = set()
+    for path in modules if parts else ():
+        for name, parameter in model.get_submodule(path).named_parameters(prefix=path):
+            if any(part in name for part in parts):
+                found.add(parameter)
+    return found
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

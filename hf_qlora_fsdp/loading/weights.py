@@ -144,15 +144,17 @@ class Weights:
         file that was changed in place differs in its time. A change that keeps size and time, and spares the middle of
         every tensor, is not noticed.
         """
+        tensors: dict[str, list[StoredTensor]] = {file: [] for file in sorted(self.files)}
+        for stored in self.tensors.values():
+            tensors[stored.file].append(stored)
         with ThreadPoolExecutor(_NUM_READERS) as pool:
-            return list(pool.map(self._identify, sorted(self.files)))
+            return list(pool.map(self._identify, tensors, tensors.values()))
 
-    def _identify(self, file: str) -> dict[str, object]:
+    def _identify(self, file: str, tensors: list[StoredTensor]) -> dict[str, object]:
         status, real = os.stat(file), os.path.basename(os.path.realpath(file))
         known: dict[str, object] = {"name": os.path.basename(file), "bytes": status.st_size}
         if os.path.islink(file) and _BLOB.match(real):
             return {**known, "blob": real}
-        tensors = [stored for stored in self.tensors.values() if stored.file == file]
         with open(file, "rb") as stream:
             digest = hashlib.sha256(stream.read(min((stored.offset for stored in tensors), default=-1)))
             for stored in sorted(tensors, key=lambda stored: stored.offset):
