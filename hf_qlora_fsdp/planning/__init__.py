@@ -1,7 +1,8 @@
 """Will it fit, with which settings, and how fast? Arithmetic alone: no weight is read and no device is touched.
 
 planner            the two questions, `estimate_memory` and `plan`
-weighing           every parameter of every unit, from `config.json`
+model_config       `config.json`, held to what a plan needs of it
+weighing           every parameter of every unit, from it
 layer_trial        what a decoder layer takes while it computes
 memory_model       a card, moment by moment; memory_estimate: card, host and disk together
 time_model         what a step takes at least, on one of the cards of cards

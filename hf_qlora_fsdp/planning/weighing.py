@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from ..anatomy import Unit, build_meta_model, decoder_layers, plan_units
 from ..experts.layers import Experts4bit
@@ -32,8 +32,7 @@ from ..loading.random_weights import draw_weights
 from ..offloading.offload import padded_bytes
 from ..packing import PackedLinear4bit
 from ..sharding import float32_parameters
-
-_SIZES = ("hidden_size", "num_hidden_layers")
+from .model_config import read_config
 
 
 @dataclass(frozen=True)
@@ -158,35 +157,6 @@ class ModelWeight:
     def base(self) -> PreTrainedModel:
         """The short transformers model."""
         return self.short.get_base_model()
-
-
-def read_config(model: str | PretrainedConfig, *, trust_remote_code: bool = False, **hub: Any) -> PretrainedConfig:
-    """Return a model's config; of a Hub id, nothing else is fetched.
-
-    Raises:
-        ValueError: It cannot be had, or lacks what says how large the model is.
-    """
-    if isinstance(model, PretrainedConfig):
-        return model
-    try:
-        written = PretrainedConfig.get_config_dict(model, **hub)[0]
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **hub)
-    except Exception as error:  # there are as many classes of them as ways for a file to be wrong
-        said = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"The config of {model!r} cannot be read ({said}), and nothing else says how large the model is. Give "
-            "a Hub id that can be reached, the folder of a model, or its config.json."
-        ) from error
-    # A class fills in what its first model had, and the plan would be that model's.
-    text = config.get_text_config()
-    given = {**written, **next((part for part in written.values() if isinstance(part, dict) and _SIZES[0] in part), {})}
-    missing = [name for name in _SIZES if not {name, text.attribute_map.get(name)} & given.keys()]
-    if missing:
-        raise ValueError(
-            f"The config of {model!r} does not say {', '.join(missing)}, from which the sizes of weights follow. Give "
-            "the config.json of a causal language model, complete."
-        )
-    return config
 
 
 def weigh_model(

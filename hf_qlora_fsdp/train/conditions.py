@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils.hub import cached_file
 
-from ..planning.weighing import read_config
+from ..planning.model_config import read_config
 from .arguments import Request
 
 

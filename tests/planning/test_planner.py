@@ -35,6 +35,7 @@ from hf_qlora_fsdp.planning.cards import CARDS, find_card, find_link
 from hf_qlora_fsdp.planning.layer_trial import ALLOCATION_BYTES, _catch_arguments, _ready_to_run, try_layer
 from hf_qlora_fsdp.planning.memory_estimate import estimate
 from hf_qlora_fsdp.planning.memory_model import Settings, find_peaks, resident
+from hf_qlora_fsdp.planning.model_config import read_config
 from hf_qlora_fsdp.planning.planner import estimate_memory, find_batches, plan
 from hf_qlora_fsdp.planning.time_model import EFFICIENCY, STEP_SECONDS, bound_time
 from hf_qlora_fsdp.planning.weighing import ModelWeight, weigh_model
@@ -491,6 +492,15 @@ def test_bad_options_are_refused_with_2(words, said, folder, capsys):
         ({"model_type": "llama", "hidden_size": None}, "cannot be read"),
         ({"model_type": "llama", "vocab_size": 512}, "does not say hidden_size, num_hidden_layers"),
         ({"model_type": "llama", **SIZES, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"model_type": "llama", **SIZES, "hidden_size": "128"}, "expected int"),
+        ({"model_type": "llama", **SIZES, "hidden_size": -128}, "hidden_size=-128"),
+        ({"model_type": "llama", **SIZES, "num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"model_type": "llama", **SIZES, "vocab_size": 0}, "vocab_size=0"),
+        ({"model_type": "no_such", **SIZES, "auto_map": {"AutoConfig": "code.Config"}}, "give --trust-remote-code"),
+        *(
+            ({"model_type": "llama", **{key: value for key, value in SIZES.items() if key != name}}, f"not say {name}")
+            for name in ("vocab_size", "intermediate_size", "num_attention_heads")
+        ),
     ],
 )
 def test_bad_configs_are_refused_with_2(content, said, tmp_path, capsys):
@@ -498,6 +508,14 @@ def test_bad_configs_are_refused_with_2(content, said, tmp_path, capsys):
         (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
     assert cli.main(["plan", str(tmp_path), *MACHINE]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_config_within_a_config_may_leave_out_its_defaults(tmp_path):
+    """Gemma 3's own file says nothing of its vocabulary."""
+    text = {"hidden_size": 128, "num_hidden_layers": 2}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    assert read_config(str(tmp_path)).get_text_config().hidden_size == 128
 
 
 def test_no_model_on_the_hub_is_refused_with_2(capsys):
