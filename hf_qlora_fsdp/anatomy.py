@@ -51,11 +51,21 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, **kwargs: obj
         config (`PretrainedConfig`): The model's config.
         dtype (`torch.dtype`): Dtype of the parameters.
         **kwargs: Passed on to `AutoModelForCausalLM.from_config`, e.g. `attn_implementation`, `trust_remote_code`.
+    Raises:
+        ValueError: It is no causal LM.
     """
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"{type(config).__name__} is no causal language model for this transformers, which has none to build from "
+            "it, and no other kind is trained here. Name a causal language model."
+        ) from error
     model.tie_weights()
     return model
 

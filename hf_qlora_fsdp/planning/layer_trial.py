@@ -104,6 +104,10 @@ class _Meter(TorchDispatchMode):
             return True  # "is nothing masked?", asked about an attention mask
         if func is _aten.searchsorted.Tensor and args[0].is_meta:
             return _spread_rows(args[0].numel(), args[1].numel())  # where the rows of each expert end
+        if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]  # rotary frequencies that depend on positions: others have the same shape
+        if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]  # rotary frequencies that depend on positions: others have the same shape
         result = func(*args, **(kwargs or {}))
         if func is not torch.ops.bitsandbytes.dequantize_blockwise.default:  # part of one kernel on a GPU
             cause = "dequantised weights" if func.namespace == "bitsandbytes" else "activations"
@@ -155,15 +159,25 @@ def try_layer(
         gradient_checkpointing (`bool`): Whether it drops what it computes and computes it again.
         use_liger_kernel (`bool`): Whether norms are Liger's.
         fuse (`bool`): Whether 4-bit layers and adapters are one function.
+    Raises:
+        ValueError: It does not run so.
     """
     key = (kind, batch, seq, gradient_checkpointing, use_liger_kernel, fuse)
     if key not in weight.trials:
         base = weight.base
-        with _ready_to_run(weight, use_liger_kernel, fuse):
-            layer = base.get_submodule(kind)
-            named = _catch_arguments(base, layer, batch, seq)
-            shape = batch, seq, base.config.get_text_config().hidden_size
-            weight.trials[key] = _run_twice(layer, named, shape, gradient_checkpointing)
+        shape = batch, seq, base.config.get_text_config().hidden_size
+        try:
+            with _ready_to_run(weight, use_liger_kernel, fuse):
+                layer = base.get_submodule(kind)
+                named = _catch_arguments(base, layer, batch, seq)
+                weight.trials[key] = _run_twice(layer, named, shape, gradient_checkpointing)
+        except Exception as error:  # of somebody else's code, which was not written to be run so
+            said = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"{type(base).__name__} cannot be planned: {kind} does not run on shapes alone "
+                f"({type(error).__name__}: {said}), and nothing else says what it takes while it computes. Plan for a "
+                "model of text alone, or measure this one: hf-qlora-fsdp rehearse."
+            ) from error
     return weight.trials[key]
 
 
@@ -242,6 +256,12 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
     norms = [module for module in base.modules() if "RMSNorm" in type(module).__name__] if liger else []
     for parameter, data in masters.items():
         parameter.data = data.to(weight.param_dtype)
+    # Buffers are real, and some routers add one to what they compute.
+    layers = [base.get_submodule(kind) for kind in {unit.kind for unit in weight.layers}]
+    holders = [module for layer in layers for module in layer.modules() if module._buffers]
+    buffers = [(module, dict(module._buffers)) for module in holders]
+    for module, own in buffers:
+        module._buffers.update({name: buffer.to("meta") for name, buffer in own.items() if buffer is not None})
     for norm in norms:
         norm.forward = lambda x, module=norm: _LigerNorm.apply(x, module.weight)
     model.train()
@@ -254,6 +274,8 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
     finally:
         for module, name, own in in_place_of:
             setattr(module, name, own)
+        for module, real in buffers:
+            module._buffers.update(real)
         for norm in norms:
             del norm.forward
         for parameter, data in masters.items():

@@ -169,6 +169,25 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
     assert planned == saved + orders
 
 
+UNUSUAL: dict[str, dict[str, Any]] = {
+    # Its router adds a buffer to what it computes.
+    "deepseek": {"model_type": "deepseek_v3", "moe_intermediate_size": 64, "n_routed_experts": 4, "n_group": 1}
+    | {"topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 64},
+    # Its rotary frequencies depend on how long the sequence is.
+    "longrope": {"model_type": "phi3", "pad_token_id": 0, "max_position_embeddings": 4096}
+    | {"original_max_position_embeddings": 64}
+    | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [1.1] * 16}},
+}
+
+
+@pytest.mark.parametrize("values", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_layers_run_that_do_something_unusual(values):
+    weight = weigh_model(config_of(SIZES | values))
+    before = {name: buffer.device.type for name, buffer in weight.short.named_buffers()}
+    assert all(try_layer(weight, layer.kind, batch=1, seq=128).backward for layer in weight.layers)
+    assert {name: buffer.device.type for name, buffer in weight.short.named_buffers()} == before
+
+
 # ---- More takes more -------------------------------------------------------------------------------------------------
 
 START = Settings(num_ranks=2, ranks_per_host=2, seq=1024, batch=2)
@@ -492,6 +511,8 @@ def test_bad_options_are_refused_with_2(words, said, folder, capsys):
         ({"model_type": "llama", "hidden_size": None}, "cannot be read"),
         ({"model_type": "llama", "vocab_size": 512}, "does not say hidden_size, num_hidden_layers"),
         ({"model_type": "llama", **SIZES, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"model_type": "bert", **SIZES}, "BertLMHeadModel cannot be planned"),
+        ({"model_type": "t5", **SIZES}, "T5Config is no causal language model"),
         ({"model_type": "llama", **SIZES, "hidden_size": "128"}, "expected int"),
         ({"model_type": "llama", **SIZES, "hidden_size": -128}, "hidden_size=-128"),
         ({"model_type": "llama", **SIZES, "num_hidden_layers": 0}, "num_hidden_layers=0"),
