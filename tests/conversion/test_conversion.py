@@ -785,6 +785,22 @@ def test_a_key_may_be_repeated_with_the_same_value():
     assert load_yaml(text) == {"a": {"x": 1}, "b": {"x": 2}}
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_r": 0}, "lora_r=0"),
+        ({"micro_batch_size": -1}, "per_device_train_batch_size=-1"),
+        ({"sequence_len": 0}, "max_length=0"),
+        ({"num_epochs": -1}, "num_train_epochs=-1"),
+        ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
+    ],
+)
+def test_numbers_that_no_run_can_have(changes, words, write, capsys):
+    """They are refused here, and not by the run that the file was converted for."""
+    assert main(["convert", write(AXOLOTL | changes)]) == 2
+    assert_three_parts(ValueError(capsys.readouterr().err), words)
+
+
 def test_a_file_that_is_missing(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "nothing.yml")]) == 2
     assert_three_parts(ValueError(capsys.readouterr().err), "nothing.yml", "no such file")
