@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,4 +141,5 @@ def _model_name(model: str) -> str:
 
 
 def _output_dir(model: str) -> str:
-    return f"{Path(_model_name(model)).name}-SFT"
+    name = _model_name(model)
+    return f"{Path(os.path.abspath(name)).name}-SFT"  # which has a name where `.` has none

@@ -465,6 +465,14 @@ def test_everything_that_fits_is_written(folder, tmp_path, capsys):
     assert (written["max_length"], written["dataset_name"], written["use_peft"]) == (64, "data.jsonl", True)
 
 
+@pytest.mark.parametrize("model", [".", "config.json"])
+def test_an_output_folder_has_a_name_wherever_the_model_is(model, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    file = tmp_path / "config.yaml"
+    assert cli.main(["plan", model, *MACHINE, "--seq", "64", "--emit", str(file)]) == 0
+    assert yaml.safe_load(file.read_text())["output_dir"] == f"{Path(folder).name}-SFT"
+
+
 def test_what_does_not_fit_exits_with_1_and_writes_no_script(folder, tmp_path, capsys):
     script = tmp_path / "script.py"
     words = ["plan", folder, "--gpus", "2", "--device-memory", "100MiB", "--seq", "64"]
