@@ -4,6 +4,11 @@
 
 Planned is what the planner says now. Measured is the latest row of each run of `planner_truth.py`, and of those rows of
 `offload.py` and `experts.py` that ran to the end on a host of its own size, the cap kept or not.
+
+Processes of `planner_truth.py` run one configuration after the other, and do not give back all of the host's memory:
+what a configuration found in them beyond the processes of the plan is taken off what was measured of it. So what a
+process weighs at all is held to the first configurations of each call and to `offload.py`; of the others, how much they
+added.
 """
 
 from __future__ import annotations
@@ -27,7 +32,9 @@ from hf_qlora_fsdp.rehearsal import command as rehearsal
 RESULTS = Path(__file__).parent / "results.csv"
 GIB = 2**30
 _TRUTH = re.compile(r"planner_truth\.py --only (?P<name>\S+)$")
-_PROMISE = re.compile(r"(?P<script>offload|experts)\.py --row (?P<name>\S+) --steps \d+(?: -- (?P<extra>.*))?$")
+_PROMISE = re.compile(
+    r"(?P<script>offload|experts)\.py --row (?P<name>\S+) --steps \d+(?: --device-memory \S+)?(?: -- (?P<extra>.*))?$"
+)
 _SCRIPTS = {"offload": offload, "experts": experts}
 
 
@@ -80,6 +87,7 @@ class Comparison:
         run (`Run`): Which.
         planned (`float`), measured (`float`): What torch allocated on the fullest card in steady steps.
         planned_host (`float`), measured_host (`float`): What all ranks had of the host.
+        left (`float`): What configurations before had left there, not counted in it.
     """
 
     run: Run
@@ -87,6 +95,7 @@ class Comparison:
     measured: float
     planned_host: float
     measured_host: float
+    left: float
 
     @property
     def error(self) -> float:
@@ -106,21 +115,25 @@ def compare(results: Path = RESULTS) -> list[Comparison]:
         # What configurations before this one have left in the processes is not its own.
         left = max(0.0, figures.get("host, before", 0.0) - host["processes"])
         measured_host = figures.get("host, steady", figures.get("host", 0.0)) - left
-        found.append(Comparison(run, card, figures["allocated, steady"], host.total(), measured_host))
+        found.append(Comparison(run, card, figures["allocated, steady"], host.total(), measured_host, left))
     return found
 
 
 def read_runs(results: Path) -> Iterator[Run]:
     """Read the runs on cards whose steady steps were measured."""
-    measured: dict[tuple[str, str], dict[str, float]] = {}
+    measured: dict[tuple[str, ...], dict[str, float]] = {}
     with results.open(newline="") as stream:
         for row in csv.DictReader(stream):
             if "CPU" not in row["hardware"] and (_TRUTH.search(row["command"]) or _PROMISE.search(row["command"])):
-                figures = measured.setdefault((row["command"], row["hardware"].partition("x ")[0]), {})
+                key = tuple(row[name] for name in ("command", "hardware", "date", "versions"))
+                figures = measured.setdefault(key, {})
                 figures[row["claim"].partition(": ")[2]] = float(row["value"]) * GIB
-    for (command, ranks), figures in measured.items():
-        if "allocated, steady" not in figures:  # it ended before, or nobody asked by phase then
-            continue
+    latest = {
+        (command, hardware.partition("x ")[0]): figures
+        for (command, hardware, *_), figures in measured.items()
+        if "allocated, steady" in figures  # else it ended before, or nobody asked by phase then
+    }
+    for (command, ranks), figures in latest.items():
         if found := _TRUTH.search(command):
             configuration = CONFIGURATIONS[found["name"]]
             shape, words, config = configuration.shape, configuration.words, TRUTH_SHAPES[configuration.shape]

@@ -117,6 +117,23 @@ def test_what_is_planned_is_what_was_measured(comparisons):
         said = f"{one.run.shape} {one.run.words}: {one.error:+.1%}, host {one.host_error:+.1%}"
         assert -0.03 <= one.error <= 0.05, said
         assert abs(one.host_error) <= 0.10, said
+    assert f"less up to {max(one.left for one in found) / 2**30:.1f} GiB that earlier runs" in README
+    with_it = [one for one in found if abs(one.planned_host / (one.measured_host + one.left) - 1) > 0.10]
+    assert (len(with_it), "with it six plans would say" in README) == (6, True)
+
+
+def test_a_run_is_compared_with_the_latest_that_ended(comparisons, tmp_path):
+    """Its figures are those of one run, and a cap of the call's own is no reason to leave it out."""
+    module, _ = comparisons
+    command = "python benchmarks/offload.py --row 70b-resident --steps 6 --device-memory 24GiB -- --use-liger-kernel"
+    lines = ["date,claim,value,unit,command,hardware,versions"]
+    for day, figures in ((1, {"host": 8, "allocated, steady": 2, "host, before": 1}), (2, {"allocated, steady": 3})):
+        lines += [f'2026-01-0{day},"r: {name}",{size},GiB,{command},2x GPU,v' for name, size in figures.items()]
+    lines.append(f'2026-01-03,"r: host",9,GiB,{command},2x GPU,v')
+    results = tmp_path / "results.csv"
+    results.write_text("\n".join(lines))
+    (run,) = module.read_runs(results)
+    assert (run.shape, run.ranks, run.figures) == ("llama-2-70b", 2, {"allocated, steady": 3 * 2**30})
 
 
 def test_table_of_options_is_complete():
