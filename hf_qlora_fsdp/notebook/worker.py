@@ -64,19 +64,22 @@ def run_worker(folder: Path) -> int:
             (folder / RESULT).write_bytes(_pack_result(result))
         _leave_group()
     except BaseException as problem:
-        if isinstance(problem, SystemExit) and problem.code in (None, 0):
-            raise
         _write_failure(folder, rank, problem)
         return 1
     return 0
 
 
 def _perform(task: dict[str, Any]) -> Any:
-    if "function" in task:
-        return task["function"](*task["args"], **task["kwargs"])
-    sys.argv = [task["script"], *task["args"]]
-    sys.path.insert(0, str(Path(task["script"]).parent))
-    return runpy.run_path(task["script"], run_name="__main__").get("result")
+    try:
+        if "function" in task:
+            return task["function"](*task["args"], **task["kwargs"])
+        sys.argv = [task["script"], *task["args"]]
+        sys.path.insert(0, str(Path(task["script"]).parent))
+        return runpy.run_path(task["script"], run_name="__main__").get("result")
+    except SystemExit as end:  # `sys.exit(main())` at the end of a script
+        if end.code not in (None, 0):
+            raise
+        return None
 
 
 def _pack_result(result: Any) -> bytes:

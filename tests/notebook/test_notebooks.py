@@ -150,6 +150,14 @@ def test_a_script_gets_its_arguments(kernel: Kernel) -> None:
     assert kernel.run(SCRIPT).value == "[['--rate', '0.1'], '1', 'up']"
 
 
+def test_a_script_may_end_with_sys_exit(kernel: Kernel) -> None:
+    code = "open('script.py', 'w').write('import sys; sys.exit({})'); print(notebook_launch('script.py', 2))"
+    shown = kernel.run(code.format(0))
+    assert not shown.error and shown.text.endswith("None\n"), shown.traceback
+    shown = kernel.run(code.format(3))
+    assert shown.error == "WorkerError" and "SystemExit: 3" in shown.traceback
+
+
 def test_workers_find_the_package_where_the_notebook_has_it(kernel: Kernel) -> None:
     # Its parent alone: with the package itself on the path, `import packing` would find ours.
     assert kernel.run(CHECKOUT).value == str((str(ROOT / "hf_qlora_fsdp" / "__init__.py"), str(ROOT)))
