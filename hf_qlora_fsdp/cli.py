@@ -251,8 +251,14 @@ def _add_convert(commands: Any) -> None:
 
 def _run_convert(args: argparse.Namespace) -> int:
     from .conversion import convert
+    from .train.ranges import check_ranges
 
-    text = convert(*args.files).to_yaml()
+    found = convert(*args.files)
+    try:
+        check_ranges(found.arguments)
+    except ValueError as error:
+        raise ValueError(f"{found.name} of {found.program} asks for what no run can have. {error}") from error
+    text = found.to_yaml()
     if args.output is None:
         print(text, end="")
         return 0

@@ -22,7 +22,6 @@ from typing import Any
 
 import yaml
 
-from ..train.ranges import check_ranges
 from ..translation import refusal
 from . import accelerate, axolotl, llama_factory
 from .yaml_files import load_yaml
@@ -98,10 +97,6 @@ def _convert(path: str | Path) -> Conversion:
     if known[program] == 0:
         raise refusal(f"the file {str(path)!r}", "none of its keys belong to a program that is known", _KINDS)
     arguments, notes = _READERS[program][1](file)
-    try:
-        check_ranges(arguments)
-    except ValueError as error:
-        raise ValueError(f"{Path(path).name} of {program} asks for what no run can have. {error}") from error
     return Conversion(program, Path(path).name, arguments, notes)
 
 
