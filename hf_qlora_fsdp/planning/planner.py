@@ -31,6 +31,8 @@ from .weighing import ModelWeight, weigh_model
 DEFAULT_TARGET_BATCH = 16
 """Sequences of a step where nobody says how many: QLoRA's own for models up to 13B, arXiv:2305.14314, table 9."""
 
+_BATCH_STEP = 1.5
+
 
 @dataclass
 class Plan:
@@ -216,6 +218,8 @@ def plan(
 def find_batches(num_gpus: int, batch: int | None, target_batch: int | None) -> list[tuple[int, int]]:
     """Return the batches of a card that are tried, each with the times that it accumulates gradients.
 
+    Where a step can be divided in many ways, they are those that are `_BATCH_STEP` times as large as the one before.
+
     Raises:
         ValueError: The sequences of a step cannot be divided so.
     """
@@ -231,7 +235,12 @@ def find_batches(num_gpus: int, batch: int | None, target_batch: int | None) -> 
                 f"{f' with {batch} at a time' if batch else ''}. Give a multiple of {num_gpus * (batch or 1)}."
             )
         each *= batch or 1
-    return [(size, each // size) for size in range(1, each + 1) if each % size == 0 and batch in (None, size)]
+    sizes = [size for size in range(1, each + 1) if each % size == 0] if batch is None else [batch]
+    tried: list[int] = []
+    for size in sizes:
+        if not tried or size >= _BATCH_STEP * tried[-1]:
+            tried.append(size)
+    return [(size, each // size) for size in tried]
 
 
 def _to_dict(candidate: Candidate) -> dict[str, Any]:
@@ -323,6 +332,9 @@ def _list_assumptions(answer: Plan, card: str | None) -> list[str]:
         f"Times are bounds from below for {answer.machine.card.name}: nothing waits for anything else but the slowest. "
         "`hf-qlora-fsdp rehearse` measures them.",
     ]
+    settings_tried = [candidate.settings for candidate in (answer.chosen, *answer.rejected)]
+    if len({(settings.batch, settings.gradient_accumulation_steps) for settings in settings_tried}) > 1:
+        listed.append(f"Batches that are less than {_BATCH_STEP} times as large as a smaller one are left out.")
     if card is None:
         listed.append(
             f"No card was named, so the speed is that of {machine.card.name}, which has about this memory (--card)."
