@@ -158,43 +158,49 @@ def base_checksum(model: Any) -> str:
     they are trained against, so another quantisation, or another order of rows, is another base.
     """
     if getattr(model, "_base_checksum", None) is None:
-        sum_bytes, total = _ByteSum(), 0
-        for index, parameter in enumerate(parameter for parameter in model.parameters() if not parameter.requires_grad):
-            if isinstance(parameter, DTensor):
-                local, num_rows = parameter.to_local(), parameter.shape[0]
-                start = min(dist.get_rank() * -(-num_rows // dist.get_world_size()), num_rows)
-                offset = start * parameter.numel() * parameter.element_size() // max(num_rows, 1)
-            elif dist.get_rank() == 0:
-                local, offset = parameter, 0
-            else:
-                continue
-            total += (index + 1) * sum_bytes(local, offset)
+        with ThreadPoolExecutor(min(_MAX_CORES, share_of_cores())) as pool:
+            mine = _sum_of_my_shards(model, _ByteSum(pool))
         totals: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(totals, total)
+        dist.all_gather_object(totals, mine)
         model._base_checksum = f"{sum(totals) % (1 << 64):016x}"
     return model._base_checksum
+
+
+def _sum_of_my_shards(model: Any, sum_bytes: _ByteSum) -> int:
+    total = 0
+    for index, parameter in enumerate(parameter for parameter in model.parameters() if not parameter.requires_grad):
+        if isinstance(parameter, DTensor):
+            local, num_rows = parameter.to_local(), parameter.shape[0]
+            start = min(dist.get_rank() * -(-num_rows // dist.get_world_size()), num_rows)
+            offset = start * parameter.numel() * parameter.element_size() // max(num_rows, 1)
+        elif dist.get_rank() == 0:
+            local, offset = parameter, 0
+        else:
+            continue
+        total += (index + 1) * sum_bytes(local, offset)
+    return total
 
 
 class _ByteSum:
     """Sums a tensor's bytes, each times 1 more than its place modulo a prime.
 
     The factors of a chunk are a stretch of a table, so that a byte costs one product. Host memory, of which an
-    offloaded model can have a hundred gigabytes a rank, is summed by several threads.
+    offloaded model can have a hundred gigabytes a rank, is summed by several threads (the pool begins them when it is
+    first asked).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
         self._factors = torch.arange(_PRIME + _CHUNK_BYTES, dtype=torch.int32) % _PRIME + 1
 
     def __call__(self, tensor: torch.Tensor, offset: int) -> int:
         """Return the sum, for a tensor before whose first byte lie `offset` others."""
         chunks = tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK_BYTES)
         firsts = [(offset + index * _CHUNK_BYTES) % _PRIME for index in range(len(chunks))]
-        if tensor.device.type != "cpu":
-            self._factors = self._factors.to(tensor.device)
-            return int(sum(map(self._sum, chunks, firsts), start=torch.zeros((), dtype=torch.int64)))
-        self._factors = self._factors.cpu()
-        with ThreadPoolExecutor(min(_MAX_CORES, share_of_cores())) as pool:
-            return sum(int(part) for part in pool.map(self._sum, chunks, firsts))
+        self._factors = self._factors.to(tensor.device)
+        if tensor.device.type == "cpu" and len(chunks) > 1:
+            return sum(map(int, self._pool.map(self._sum, chunks, firsts)))
+        return int(sum(map(self._sum, chunks, firsts), start=torch.zeros((), dtype=torch.int64)))
 
     def _sum(self, chunk: torch.Tensor, first: int) -> torch.Tensor:
         return (self._factors[first : first + chunk.numel()] * chunk).sum()

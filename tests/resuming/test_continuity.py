@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from datasets import Dataset
@@ -73,10 +75,11 @@ def test_bytes_are_summed_by_their_places():
 
     content = torch.randint(256, (5 * 2**19 + 3,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     places = torch.arange(content.numel()) % 65_521 + 1
-    summed = _ByteSum()
-    assert summed(content, 0) == int((places * content).sum())
-    for cut in (1, 65_521, 2**20 + 7):
-        assert summed(content[:cut], 0) + summed(content[cut:], cut) == summed(content, 0)
+    with ThreadPoolExecutor(2) as pool:
+        summed = _ByteSum(pool)
+        assert summed(content, 0) == int((places * content).sum())
+        for cut in (1, 65_521, 2**20 + 7):
+            assert summed(content[:cut], 0) + summed(content[cut:], cut) == summed(content, 0)
 
 
 def numbers(*values: int, column: str = "input_ids") -> Dataset:
