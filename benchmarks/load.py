@@ -8,8 +8,7 @@ processes and with no byte of any file in the page cache:
     first load    the same, and the shard cache is written
     cached load   4 bits, from the shard cache
 
-A load's time is that of the slower rank, from the call to the sharded model; starting Python, CUDA and NCCL is not in
-it.
+A load's time is that of the slower rank, from the call to the sharded model; starting Python and CUDA is not in it.
 Figures are appended to `results.csv`. `--tiny` does it on a CPU with a model of a few kilobytes.
 
     python benchmarks/load.py --folder /scratch
@@ -34,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from offload import SHAPES
 from promises import COLUMNS, RESULTS
 from safetensors.torch import save_file
@@ -165,7 +163,6 @@ def take_part(model: str, cache: str, folder: str) -> int:
 
     on_gpu = torch.cuda.is_available()
     join_process_group("cuda" if on_gpu else "cpu")
-    dist.all_reduce(torch.zeros(1, device="cuda" if on_gpu else "cpu"))  # NCCL starts with the first collective
     report = load_quantized_model(model, shard_cache=bool(cache), shard_cache_dir=cache or None).load_report
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     figures = {"seconds": report.seconds, "bytes_read": report.bytes_read, "peak": peak}
