@@ -58,8 +58,8 @@ ROWS = {
     "70b-resident": Row("llama-2-70b", (*SEQ_2048, "--batch", "1"), 23 * GIB, 1000, loads_below=True),
     "70b-pinned": Row("llama-2-70b", OFFLOADED, 7 * GIB, 1050, 64 * GB, loads_below=True),
     "70b-unpinned": Row("llama-2-70b", UNPINNED, 7 * GIB, 800, 64 * GB, loads_below=True),
-    "70b-mapped": Row("llama-2-70b", OFFLOADED, 7 * GIB, host_limit="32GB", mapped=True, loads_below=True, steps=3),
-    "70b-swap": Row("llama-2-70b", UNPINNED, 7 * GIB, host_limit="32GB", swap="40GiB", steps=2),
+    "70b-mapped": Row("llama-2-70b", OFFLOADED, 7 * GIB, host_limit="32GB", mapped=True, loads_below=True, steps=4),
+    "70b-swap": Row("llama-2-70b", UNPINNED, 7 * GIB, host_limit="32GB", swap="40GiB", steps=4),
     "70b-swap-pinned": Row("llama-2-70b", OFFLOADED, 7 * GIB, host_limit="32GB", swap="40GiB", fits=False),
     "405b": Row(
         "llama-3.1-405b",
@@ -68,7 +68,7 @@ ROWS = {
         40,
         230 * GB,
         loads_below=True,
-        steps=3,
+        steps=4,
     ),
 }
 
