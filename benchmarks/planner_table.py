@@ -5,10 +5,10 @@
 Planned is what the planner says now. Measured is the latest row of each run of `planner_truth.py`, and of those rows of
 `offload.py` and `experts.py` that ran to the end on a host of its own size, the cap kept or not.
 
-Processes of `planner_truth.py` run one configuration after the other, and do not give back all of the host's memory:
-what a configuration found in them beyond the processes of the plan is taken off what was measured of it. So what a
-process weighs at all is held to the first configurations of each call and to `offload.py`; of the others, how much they
-added.
+Processes of `planner_truth.py` run one configuration after the other, unless it is told `--fresh`, and do not give back
+all of the host's memory: what a configuration found in them beyond what the first one had at its end is taken off what
+was measured of it. So what a process weighs by itself is measured by the first configurations of each call and by
+`offload.py`; of the others, how much they added.
 """
 
 from __future__ import annotations
@@ -108,12 +108,14 @@ class Comparison:
 
 def compare(results: Path = RESULTS) -> list[Comparison]:
     """Plan what was measured."""
-    found = []
-    for run in read_runs(results):
+    found, runs = [], list(read_runs(results))
+    for run in runs:
         estimate, figures = run.plan(), run.figures
         card, host = estimate.card["steady"].total, estimate.host["steady"]
         # What configurations before this one have left in the processes is not its own.
-        left = max(0.0, figures.get("host, before", 0.0) - host["processes"])
+        series = [other.figures for other in runs if other.ranks == run.ranks and "host, before" in other.figures]
+        first = min(series, key=lambda figures: figures["host, before"], default={})
+        left = max(0.0, figures.get("host, before", 0.0) - first.get("host, steady", 0.0))
         measured_host = figures.get("host, steady", figures.get("host", 0.0)) - left
         found.append(Comparison(run, card, figures["allocated, steady"], host.total(), measured_host, left))
     return found

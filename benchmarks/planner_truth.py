@@ -149,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=_absolute, default=_absolute("truth.jsonl"), help="a line for each configuration")
     parser.add_argument("--only", help=f"some of them, as a,b (all: {', '.join(CONFIGURATIONS)})")
     parser.add_argument("--minutes", type=float, default=10, help="begin nothing that would take longer (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="new processes for each, 25 s more, to measure the host")
     parser.add_argument("--tiny", action="store_true", help="tiny models, without what needs a card")
     parser.add_argument("--pictures", action="store_true", help="record allocations, which makes steps slower")
     parser.add_argument("--measured", type=_absolute, metavar="FILE", help="take an earlier run's --out, run nothing")
@@ -184,7 +185,10 @@ def measure(options: argparse.Namespace) -> None:
     os.chdir(Path(__file__).parent)  # where `-m planner_truth` is found
     # Liger changes the classes of a model for as long as the process lives.
     wanted = sorted(options.only.split(",") if options.only else CONFIGURATIONS, key=_runs_liger)
-    for group in ([name for name in wanted if CONFIGURATIONS[name].ranks == ranks] for ranks in (2, 1)):
+    groups = [[name for name in wanted if CONFIGURATIONS[name].ranks == ranks] for ranks in (2, 1)]
+    if options.fresh:
+        groups = [[name] for names in groups for name in names]
+    for group in groups:
         while group and time.time() + START_SECONDS + CONFIGURATIONS[group[0]].seconds < deadline:
             handed_on = {"names": group, "out": str(out), "deadline": deadline}
             handed_on |= {"tiny": options.tiny, "pictures": options.pictures}
