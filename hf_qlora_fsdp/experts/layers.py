@@ -14,11 +14,12 @@ What a module computes beside its products is its own business and differs betwe
 replaced stays, without its weights, as `gating`: it holds the activation (Mixtral's SiLU of one half times the other,
 gpt-oss' clamped one of interleaved columns), and its own description (`is_transposed`, `has_bias`) says the rest.
 
-**Memory.** Only experts that have rows are dequantised, a chunk at a time, and the 16-bit weights of a chunk are gone
-before those of the next are made. (Where all experts are one chunk, all are dequantised: no device has to tell the host
-which ones have rows.) Neither they nor the packed ones are saved for the backward, which fetches the packed
-weights from the module again: FSDP has gathered them anew by then. Beside the activations, which are those of any
-implementation (the T k rows of both products), a forward or backward takes at most
+**Memory.** Experts that have rows are dequantised, a chunk at a time, and the 16-bit weights of a chunk are gone before
+those of the next are made. A chunk has experts without rows only between others, where it is one launch. (Where all
+experts are one chunk, all are dequantised: no device has to tell the host which ones have rows.) Neither they nor the
+packed ones are saved for the backward, which fetches the packed weights from the module again: FSDP has gathered them
+anew by then. Beside the activations, which are those of any implementation (the T k rows of both products), a forward
+or backward takes at most
 
     max(chunk_bytes, N K b) (1 + 4 / (64 b))    bytes,
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_qlora_fsdp.experts.grouping import Groups, grouped_product
+from hf_qlora_fsdp.experts.grouping import Groups, grouped_product, multiply_groups
 
 SIZES = [0, 3, 5, 0, 0, 1, 2, 0]
 
@@ -83,6 +83,25 @@ def test_runs_of_groups_that_have_rows() -> None:
     groups = Groups.count(torch.tensor([1, 1, 2, 3, 6]), 8)
     assert list(groups.hit_runs(2)) == [(1, 3), (3, 4), (6, 7)]
     assert [groups.rows(*run) for run in groups.hit_runs(8)] == [slice(0, 4), slice(4, 5)]
+    assert list(groups.runs(8)) == [(1, 4), (6, 7)]
+    none = Groups.count(torch.tensor([], dtype=torch.int64), 8)
+    assert list(none.hit_runs(8)) == list(none.hit_runs(8, bridging=True)) == []
+
+
+def test_a_launch_goes_on_over_groups_without_rows() -> None:
+    """As few runs as cover those that have some, none longer than it may be, none that begins or ends in vain."""
+    rows = torch.tensor([1, 1, 3, 4, 9, 13, 14])
+    groups = Groups.count(rows, 16, fused=True)
+    assert list(groups.runs(4)) == [(1, 5), (9, 10), (13, 15)]
+    assert list(groups.runs(3)) == [(1, 4), (4, 5), (9, 10), (13, 15)]
+    assert list(groups.runs(15)) == [(1, 15)]
+    x, w = torch.randn(7, 8), torch.randn(16, 8, 8)
+    expected = torch.stack([row @ w[group] for row, group in zip(x, rows.tolist(), strict=True)])
+    for longest in (3, 4, 15):
+        out = torch.full_like(x, torch.nan)
+        for start, stop in groups.runs(longest):
+            multiply_groups(x, w[start:stop], groups, start, out)
+        torch.testing.assert_close(out, expected)
 
 
 def test_the_host_is_not_told_what_it_need_not_know() -> None:
