@@ -18,6 +18,21 @@ from ..host import free_memory_bytes
 from ..units import format_bytes
 
 
+class DoesNotFit(ValueError):
+    """A place has less free memory than loading takes.
+
+    Args:
+        said (`str`): How much is needed, and how much is free.
+        advice (`str`): What to write instead.
+        place (`str`): `"cuda"`, `"host"` or `"disk"`.
+        missing_bytes (`int`): How much is missing there.
+    """
+
+    def __init__(self, said: str, advice: str, place: str, missing_bytes: int) -> None:
+        super().__init__(f"{said} {advice}")
+        self.said, self.place, self.missing_bytes = said, place, missing_bytes
+
+
 @dataclass(frozen=True)
 class Need:
     """Bytes that one rank needs while it loads.
@@ -81,7 +96,7 @@ def check_fits(model: str, need: Need, device_type: str, available: dict[str, in
         device_type (`str`): Where it computes, `"cuda"` or `"cpu"`.
         available (`dict[str, int]`): What is free, see `available_bytes`.
     Raises:
-        ValueError: A place has less free memory than loading takes. Says by how much, and what would help.
+        DoesNotFit: A place has less free memory than loading takes. Says by how much, and what would help.
     """
     owners = {
         "cuda": f"each of {need.world_size} cards",
@@ -90,10 +105,11 @@ def check_fits(model: str, need: Need, device_type: str, available: dict[str, in
     }
     for place, needed in need.peak(device_type).items():
         if needed > available[place]:
-            raise ValueError(
+            said = (
                 f"{model!r} in 4 bits over {need.world_size} ranks needs {format_bytes(needed)} on {owners[place]} "
-                f"while it loads, and {format_bytes(available[place])} are free. {_advice(place, need)}"
+                f"while it loads, and {format_bytes(available[place])} are free."
             )
+            raise DoesNotFit(said, _advice(place, need), place, needed - available[place])
 
 
 def _advice(place: str, need: Need) -> str:

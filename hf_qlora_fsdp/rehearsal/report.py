@@ -151,12 +151,12 @@ def _verdict(outcome: dict[str, Any]) -> list[str]:
             f"{format_bytes(outcome['over_limit_bytes'])}. CUDA and NCCL had grown."
         ]
     failure = outcome["failure"]
-    if failure["reason"] == "refused":
+    if "place" not in failure:
         return [f"It cannot run ({failure['phase']}): {failure['said']}"]
     lines = [
         f"It does not fit. Rank {failure['rank']} ran out of memory on the {failure['place']}: {failure['phase']}."
     ]
-    if failure["reason"] == "killed":
+    if failure["reason"] in ("killed", "refused"):
         lines = [f"It does not fit ({failure['phase']}): {failure['said']}"]
     if failure["asked_bytes"] is not None:
         lines.append(f"It asked for {format_bytes(failure['asked_bytes'])}.")

@@ -17,6 +17,7 @@ import torch
 
 from ..anatomy import plan_units
 from ..loading.blueprint import build_quantized_meta_model
+from ..loading.fitting import DoesNotFit
 from ..loading.random_weights import draw_weights
 from ..ranks import world_size
 from ..units import format_bytes, parse_bytes
@@ -76,12 +77,28 @@ def describe_shortage(
         missing = round((asked or 0) + reserved - limit)
         if phase == "load" and not options.cpu_offload:
             missing = max(missing, round(shapes.peak_bytes - limit))
-        advice = advise(options, shapes, missing, world_size())
+        advice = advise(options, shapes, missing, world_size(), phase)
     return {
         "place": "card" if on_card else "host",
         "asked_bytes": asked,
         "missing_bytes": missing,
         "advice": advice,
+    }
+
+
+def describe_refusal(error: DoesNotFit, options: argparse.Namespace) -> dict[str, Any]:
+    """Say the same of a model that was refused before anything was asked for."""
+    advice = {
+        "cuda": lambda: advise(options, measure_shapes(options), error.missing_bytes, world_size(), "load"),
+        "host": lambda: advise_host(options),
+        "disk": lambda: ["--cpu-offload-dir PATH, on a larger disk"],
+    }
+    return {
+        "said": error.said,
+        "place": {"cuda": "card"}.get(error.place, error.place),
+        "asked_bytes": None,
+        "missing_bytes": error.missing_bytes,
+        "advice": advice[error.place](),
     }
 
 
@@ -102,7 +119,9 @@ def measure_shapes(options: argparse.Namespace) -> Shapes:
     return Shapes(max(layers) // world_size(), len(layers), shards, shards + transient)
 
 
-def advise(options: argparse.Namespace, shapes: Shapes, missing_bytes: int | None, num_ranks: int) -> list[str]:
+def advise(
+    options: argparse.Namespace, shapes: Shapes, missing_bytes: int | None, num_ranks: int, phase: str
+) -> list[str]:
     """List what would make room on the cards, what costs least first.
 
     Args:
@@ -110,13 +129,14 @@ def advise(options: argparse.Namespace, shapes: Shapes, missing_bytes: int | Non
         shapes (`Shapes`): What the model weighs.
         missing_bytes (`int`, *optional*): How much room is needed.
         num_ranks (`int`): Ranks that share the weights.
+        phase (`str`): What was being done. Loading takes the same whatever is trained afterwards.
     """
-    advice = []
-    if options.no_gradient_checkpointing:
+    advice, trains = [], phase != "load"
+    if trains and options.no_gradient_checkpointing:
         advice.append("leave --no-gradient-checkpointing out: only one layer's activations are kept then")
-    if not options.activation_offloading:
+    if trains and not options.activation_offloading:
         advice.append("--activation-offloading, which keeps what layers pass on in host memory")
-    if options.batch > 1:
+    if trains and options.batch > 1:
         half, steps = math.ceil(options.batch / 2), options.grad_accumulation * 2
         advice.append(f"--batch {half} --grad-accumulation {steps}: as many sequences a step, half at a time")
     offloaded = options.cpu_offload_layers or 0
@@ -127,7 +147,7 @@ def advise(options: argparse.Namespace, shapes: Shapes, missing_bytes: int | Non
             advice.append(f"--cpu-offload-layers {count} of {shapes.num_layers}, which makes {freed} of room on a card")
         freed = format_bytes(shapes.shards_bytes - offloaded * shapes.layer_bytes)
         advice.append(f"--cpu-offload, which makes {freed} of room on a card and takes as much of the host, a rank")
-    if options.seq > 512:
+    if trains and options.seq > 512:
         advice.append(f"--seq {options.seq // 2}, if the data allow it")
     advice.append(f"--nproc {2 * num_ranks}: more cards, each with half the weights")
     return advice

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from ..config import QLoRAFSDPConfig
+from ..loading.fitting import DoesNotFit
 from ..memory_trace import COLUMNS, MemoryTrace
 from ..ranks import rank, world_size
 from ..sharding import base_model
@@ -26,7 +27,7 @@ from ..summary import count_parameters
 from ..trainer import QLoRAFSDPTrainer
 from ..units import parse_bytes
 from .memory_cap import FIRST_USE_BYTES, LATER_BYTES, MemoryCap
-from .shortage import describe_shortage, is_out_of_memory
+from .shortage import describe_refusal, describe_shortage, is_out_of_memory
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 _WARM_UP_STEPS = 3
@@ -102,6 +103,8 @@ class Rehearsal:
         if not refused:
             failure["reason"] = "out of memory"
             failure |= describe_shortage(error, phase, self.options, self.device)
+        elif isinstance(error, DoesNotFit):
+            failure |= describe_refusal(error, self.options)
         if self.trace is not None:
             self.trace.stop()
         mine = self._measured()
