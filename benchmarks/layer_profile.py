@@ -24,8 +24,9 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from hf_qlora_fsdp import packing
-from hf_qlora_fsdp.packing import PackedLayout, PackedLinear4bit
+from hf_qlora_fsdp import packed_linear, packing
+from hf_qlora_fsdp.packed_linear import PackedLinear4bit
+from hf_qlora_fsdp.packing import PackedLayout
 from hf_qlora_fsdp.speed.fusion import FusedMLP, fuse_lora
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -68,10 +69,10 @@ def main() -> None:
     record("dequantise, packing.dequantize", dequantize_all(packing.dequantize))
     record("products alone, forward", multiply_alone(x, [base.dequantize() for base in bases]))
 
-    in_one = packing.dequantize
+    in_one = packed_linear.dequantize
     for label, prepare in (
-        ("PEFT, bitsandbytes", lambda: setattr(packing, "dequantize", packing.dequantize_in_parts)),
-        ("PEFT", lambda: setattr(packing, "dequantize", in_one)),
+        ("PEFT, bitsandbytes", lambda: setattr(packed_linear, "dequantize", packing.dequantize_in_parts)),
+        ("PEFT", lambda: setattr(packed_linear, "dequantize", in_one)),
         ("fused with its MLP", lambda: fuse_lora(layer)),
         ("fused layers", lambda: unfuse_mlps(layer)),
     ):

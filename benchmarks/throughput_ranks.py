@@ -39,7 +39,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_qlora_fsdp import QLoRAFSDPConfig, QLoRAFSDPTrainer, compat
 from hf_qlora_fsdp.compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
-from hf_qlora_fsdp.packing import repack
+from hf_qlora_fsdp.packed_linear import repack
 from hf_qlora_fsdp.rehearsal.memory_cap import MemoryCap
 from hf_qlora_fsdp.sharding import base_model
 from hf_qlora_fsdp.speed.fusion import fuse_lora

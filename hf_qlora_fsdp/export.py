@@ -33,7 +33,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import EmptyAdapterError
-from .packing import PackedLinear4bit
+from .packed_linear import PackedLinear4bit
 from .quantization import write_quantization
 from .ranks import fail_together, rank
 from .sharding import base_model

@@ -51,7 +51,7 @@ from .loading.shard_cache import choose_folder, consult
 from .loading.sources import Piece, Slot, Slots, Source, plan_checkpoint
 from .loading.weights import Weights, find_weights
 from .offloading.staging import NUM_SLOTS, choose_slot_bytes
-from .packing import PackedLinear4bit
+from .packed_linear import PackedLinear4bit
 from .ranks import fail_together, join_process_group, local_world_size, rank
 from .sharding import float32_parameters, make_mesh, mesh_device, move_buffers, shard_root, shard_unit
 from .sharding_policy import ShardingPolicy

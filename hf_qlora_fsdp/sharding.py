@@ -41,7 +41,7 @@ from .compat.torch_gather_bytes import PATCH as GATHER_BYTES
 from .errors import ShardingError
 from .experts.layers import fused_experts
 from .offloading.offload import HostStore, HostTensor, shard_bytes
-from .packing import PackedLinear4bit, repack
+from .packed_linear import PackedLinear4bit, repack
 from .ranks import fail_together, join_process_group, log_once
 from .sharding_policy import ShardingPolicy
 from .units import format_bytes, format_dtype

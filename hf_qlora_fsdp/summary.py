@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from .anatomy import Unit
 from .experts.layers import Experts4bit
-from .packing import PackedLinear4bit
+from .packed_linear import PackedLinear4bit
 from .units import format_bytes, format_count, format_dtype, format_table
 
 

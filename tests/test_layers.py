@@ -21,7 +21,7 @@ LAYERS = [
     {"ranks"},
     {"compat", "conversion", "kernels", "launch", "offloading", "quantization", "settling"},
     {"anatomy", "config", "notebook", "packing", "pictures"},
-    {"experts", "sharding_policy"},
+    {"experts", "packed_linear", "sharding_policy"},
     {"sharding", "speed", "summary"},
     {"export", "loading"},
     {"inputs", "loader", "merging", "planning", "resuming"},

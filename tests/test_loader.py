@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from hf_qlora_fsdp import loader
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.loading import weights
-from hf_qlora_fsdp.packing import repack
+from hf_qlora_fsdp.packed_linear import repack
 from hf_qlora_fsdp.sharding import base_model, check_sharded
 from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from tests.distributed import run_ranks

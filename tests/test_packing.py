@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_qlora_fsdp.packing import PackedLayout, PackedLinear4bit, dequantize, pack, quantize, repack, unpack
+from hf_qlora_fsdp.packed_linear import PackedLinear4bit, repack
+from hf_qlora_fsdp.packing import PackedLayout, dequantize, pack, quantize, unpack
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -30,7 +30,8 @@ from hf_qlora_fsdp.anatomy import plan_units
 from hf_qlora_fsdp.errors import ShardingError
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.loading.adapters import initialize_adapter, inject_adapter
-from hf_qlora_fsdp.packing import PackedLinear4bit, dequantize, repack
+from hf_qlora_fsdp.packed_linear import PackedLinear4bit, repack
+from hf_qlora_fsdp.packing import dequantize
 from hf_qlora_fsdp.sharding import (
     base_model,
     check_sharded,
@@ -351,7 +352,7 @@ def gather_in_another_dtype(rank: int, folder: str, storage: torch.dtype, param_
     """Do what is refused: store in one dtype, gather in another. Return how far the weight is off, in its spread."""
     policy = ShardingPolicy(param_dtype=param_dtype)
     linear = next(m for m in whole_model(folder, param_dtype).modules() if hasattr(m, "quant_state"))
-    from hf_qlora_fsdp.packing import repack
+    from hf_qlora_fsdp.packed_linear import repack
 
     layer = repack(linear, compute_dtype=param_dtype, storage_dtype=storage)
     right = layer.dequantize().float()

@@ -218,7 +218,7 @@ def compute_sharded(folder: str, on_gpus: bool) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     from ..loader import load_quantized_model
-    from ..packing import PackedLinear4bit
+    from ..packed_linear import PackedLinear4bit
     from ..ranks import collective_device, join_process_group, rank
     from ..sharding import check_sharded, make_mesh, mesh_device
     from ..sharding_policy import ShardingPolicy

@@ -246,7 +246,7 @@ class Experts4bit(nn.Module):
 class _PackedProduct(torch.autograd.Function):
     """y = delta + x @ dequantize(w) for the rows of every expert, in the place of delta, if there is one.
 
-    Remembers neither w nor x: see `packing._PackedLinear`.
+    Remembers neither w nor x: see `packed_linear._PackedLinear`.
     """
 
     @staticmethod

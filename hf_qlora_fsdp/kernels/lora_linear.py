@@ -32,7 +32,7 @@ class LoraWeights:
     """Where the weights of one layer are found, now and again in the backward.
 
     Args:
-        base (`packing.PackedLinear4bit`): The frozen layer: `weight`, `bias` and `dequantize(dtype)`.
+        base (`packed_linear.PackedLinear4bit`): The frozen layer: `weight`, `bias` and `dequantize(dtype)`.
         lora_a (`nn.Linear`): A, its weight `[R, K]`.
         lora_b (`nn.Linear`): B, its weight `[N, R]`.
     """

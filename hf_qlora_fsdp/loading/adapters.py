@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from ..experts.layers import PROJECTIONS, Experts4bit, linear_routers
 from ..experts.lora import ParamWrapper
-from ..packing import PackedLinear4bit
+from ..packed_linear import PackedLinear4bit
 from ..ranks import log_once
 
 _INITIALISATIONS_WITHOUT_BASE = (True, False, "gaussian")

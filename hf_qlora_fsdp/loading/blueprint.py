@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..anatomy import build_meta_model
 from ..experts.layers import Experts4bit, fused_experts, linear_routers
-from ..packing import repack
+from ..packed_linear import repack
 from ..ranks import log_once
 from ..sharding import check_storage_dtype, float32_parameters
 from ..units import format_dtype

@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from ..experts.layers import Experts4bit
-from ..packing import PackedLinear4bit
+from ..packed_linear import PackedLinear4bit
 from .weights import Weights
 
 _QUANT_STATE_SUFFIX = re.compile(

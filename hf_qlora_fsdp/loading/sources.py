@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..experts.layers import Experts4bit
-from ..packing import PackedLinear4bit, pack, quantize
+from ..packed_linear import PackedLinear4bit
+from ..packing import pack, quantize
 from .expert_recipes import bytes_at_a_time, check_stack, make_stack, reading_order, transient_bytes
 from .recipes import Recipe, plan_recipes, stacked_experts
 from .weights import Weights

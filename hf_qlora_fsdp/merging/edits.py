@@ -30,7 +30,7 @@ from transformers.utils.hub import cached_file
 
 from ..loading.weights import Weights
 from ..lora_math import Edit
-from ..packing import PackedLinear4bit
+from ..packed_linear import PackedLinear4bit
 from ..quantization import QUANTIZATION_FILE, read_quantization
 
 ADAPTER_CONFIG = "adapter_config.json"

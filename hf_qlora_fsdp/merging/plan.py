@@ -32,7 +32,8 @@ from ..loading.expert_recipes import check_stack, find_parts
 from ..loading.recipes import Recipe, logical_shape, plan_recipes, stacked_experts
 from ..loading.weights import Weights
 from ..lora_math import Edit, Part, same_effect
-from ..packing import PackedLayout, PackedLinear4bit
+from ..packed_linear import PackedLinear4bit
+from ..packing import PackedLayout
 from ..quantization import FIELDS, QUANTIZATION_FILE
 from ..ranks import log_once
 from .edits import Adapter

@@ -30,7 +30,7 @@ from ..loading.adapters import check_peft_config, inject_adapter
 from ..loading.blueprint import pack_expert_layers, pack_linear_layers, settle_quantization
 from ..loading.random_weights import draw_weights
 from ..offloading.offload import padded_bytes
-from ..packing import PackedLinear4bit
+from ..packed_linear import PackedLinear4bit
 from ..sharding import float32_parameters
 from .model_config import read_config
 

@@ -34,7 +34,7 @@ from ..experts.lora import ParamWrapper
 from ..kernels.lora_group import apply_lora_group
 from ..kernels.lora_linear import LoraWeights, apply_lora_linear
 from ..kernels.swiglu import apply_swiglu
-from ..packing import PackedLinear4bit
+from ..packed_linear import PackedLinear4bit
 from ..ranks import log_once
 from ..units import format_dtype
 

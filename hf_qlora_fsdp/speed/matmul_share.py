@@ -34,7 +34,7 @@ from torch import nn
 
 from ..experts.layers import Experts4bit
 from ..experts.lora import ExpertsA
-from ..packing import PackedLinear4bit
+from ..packed_linear import PackedLinear4bit
 from .fusion import FusedMLP
 
 _SIZES = {"cuda": 8192, "cpu": 512}

@@ -64,7 +64,7 @@ SEAMS: list[tuple[str, str, list[str]]] = [
     ("peft", "PeftModel.save_pretrained", ["save_directory", "selected_adapters", "save_embedding_layers"]),
     ("peft.utils", "load_peft_weights", ["model_id", "device"]),
     ("peft.utils", "ModulesToSaveWrapper", []),
-    # packing.py.
+    # packing.py and packed_linear.py.
     ("bitsandbytes.functional", "quantize_4bit", ["A", "blocksize", "compress_statistics", "quant_type"]),
     ("bitsandbytes.functional", "create_dynamic_map", []),
     ("bitsandbytes.functional", "QuantState.from_dict", ["qs_dict", "device"]),

@@ -178,8 +178,8 @@ FAULTS = """
 import os
 if "RANK" in os.environ:
     import torch
-    from hf_qlora_fsdp import packing
-    backward, dequantize = torch.Tensor.backward, packing.dequantize
+    from hf_qlora_fsdp import packed_linear
+    backward, dequantize = torch.Tensor.backward, packed_linear.dequantize
     def lose(loss):
         backward(loss * (os.environ["RANK"] == "0"))
     def alter(packed, layout, dtype):
@@ -187,7 +187,7 @@ if "RANK" in os.environ:
         if layout.shape == (64, 128):
             weight[0, 0] *= 1 + 2**-7
         return weight
-    torch.Tensor.backward, packing.dequantize = lose, alter
+    torch.Tensor.backward, packed_linear.dequantize = lose, alter
 """
 
 

@@ -15,7 +15,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
 
 from hf_qlora_fsdp.kernels.lora_linear import LoraWeights, apply_lora_linear
-from hf_qlora_fsdp.packing import PackedLinear4bit, repack
+from hf_qlora_fsdp.packed_linear import PackedLinear4bit, repack
 from tests.test_packing import make_linear
 
 ROWS, COLUMNS, RANK = 192, 320, 8

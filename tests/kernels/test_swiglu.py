@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_qlora_fsdp.kernels.lora_group import apply_lora_group
 from hf_qlora_fsdp.kernels.silu_product import SiluOfHalves, silu_product, silu_product_gradients
-from hf_qlora_fsdp.packing import repack
+from hf_qlora_fsdp.packed_linear import repack
 from hf_qlora_fsdp.speed.fusion import FusedMLP, fuse_lora, unfuse_lora
 from tests.kernels.test_lora_linear import DTYPES, differentiate, error_of
 from tests.test_packing import make_linear

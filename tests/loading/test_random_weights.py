@@ -23,7 +23,8 @@ LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 def load_random(rank: int, config: str) -> dict[str, Any]:
     """Load random weights from nothing but a config, and return the model as every rank sees it."""
     from hf_qlora_fsdp.loader import load_quantized_model
-    from hf_qlora_fsdp.packing import PackedLinear4bit, dequantize
+    from hf_qlora_fsdp.packed_linear import PackedLinear4bit
+    from hf_qlora_fsdp.packing import dequantize
 
     model = load_quantized_model(config, random_weights=True, progress=False)
     tensors = {name: gathered(parameter) for name, parameter in model.named_parameters()}

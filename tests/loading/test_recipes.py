@@ -18,7 +18,7 @@ from transformers.core_model_loading import Concatenate, WeightConverter, Weight
 from hf_qlora_fsdp.loading.blueprint import build_quantized_meta_model
 from hf_qlora_fsdp.loading.recipes import logical_shape, plan_recipes
 from hf_qlora_fsdp.loading.weights import Weights
-from hf_qlora_fsdp.packing import PackedLinear4bit
+from hf_qlora_fsdp.packed_linear import PackedLinear4bit
 from tests.tiny import make_checkpoint
 
 Tensors = dict[str, torch.Tensor]

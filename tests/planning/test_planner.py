@@ -29,7 +29,7 @@ from transformers import AutoConfig
 from hf_qlora_fsdp import cli
 from hf_qlora_fsdp.experts.layers import Experts4bit
 from hf_qlora_fsdp.loader import load_quantized_model
-from hf_qlora_fsdp.packing import PackedLinear4bit
+from hf_qlora_fsdp.packed_linear import PackedLinear4bit
 from hf_qlora_fsdp.planning.auto import apply_plan
 from hf_qlora_fsdp.planning.cards import CARDS, find_card, find_link
 from hf_qlora_fsdp.planning.layer_trial import ALLOCATION_BYTES, _catch_arguments, _ready_to_run, try_layer

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from hf_qlora_fsdp.inputs import settle_liger
-from hf_qlora_fsdp.packing import repack
+from hf_qlora_fsdp.packed_linear import repack
 from hf_qlora_fsdp.speed import fusion
 from hf_qlora_fsdp.speed.fusion import forget_outputs, fuse_lora, unfuse_lora
 from tests.test_packing import make_linear
