@@ -16,7 +16,8 @@ import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
 
-from .packing import PackedLayout, dequantize, pack
+from .kernels.base_product import multiply_base, multiply_gradient
+from .packing import ALL, PackedLayout, dequantize, pack
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -30,7 +31,7 @@ class _PackedLinear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, module: PackedLinear4bit) -> torch.Tensor:
         ctx.module = module
         x_TK = x.reshape(-1, x.shape[-1])
-        y_TN = nn.functional.linear(x_TK, dequantize(module.weight, module.layout, x.dtype), bias)
+        y_TN = multiply_base(x_TK, module, bias)
         # `linear` may return a view, which callers could not change in place: PEFT does, with adapters chosen by row.
         return torch.ops.aten._unsafe_view(y_TN, (*x.shape[:-1], y_TN.shape[1]))
 
@@ -39,7 +40,8 @@ class _PackedLinear(torch.autograd.Function):
         module = ctx.module
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output @ dequantize(module.weight, module.layout, grad_output.dtype)
+            dy_TN = grad_output.reshape(-1, grad_output.shape[-1])
+            grad_x = multiply_gradient(dy_TN, module).view(*grad_output.shape[:-1], module.in_features)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_output.flatten(0, -2).sum(0)
         return grad_x, grad_bias, None
@@ -91,9 +93,17 @@ class PackedLinear4bit(bnb.nn.Linear4bit):
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         return _PackedLinear.apply(x.to(self.compute_dtype), bias, self).to(x.dtype)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the weight `[N, K]` that this layer computes with. It must be gathered, not a shard."""
-        return dequantize(self.weight, self.layout, dtype or self.compute_dtype)
+    def dequantize(self, dtype: torch.dtype | None = None, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        """Return the weight `[N, K]` that this layer computes with, or a piece. It must be gathered, not a shard."""
+        return dequantize(self.weight, self.layout, dtype or self.compute_dtype, rows, columns)
+
+    def row_pieces(self, dtype: torch.dtype) -> list[slice]:
+        """Return the rows that are dequantised at a time, so that a large weight is never there in 16 bits."""
+        return self.layout.row_pieces(dtype)
+
+    def column_pieces(self, dtype: torch.dtype) -> list[slice]:
+        """Return the columns that are dequantised at a time, likewise."""
+        return self.layout.column_pieces(dtype)
 
     @property
     def W_q(self) -> torch.Tensor:

@@ -17,6 +17,10 @@ and the kind of quantisation is needed for it, so every rank knows every layout 
 left alone, while any other pairing would be cast *as numbers* and train on garbage without an error. (On GPUs it is
 left alone only because `compat/torch_gather_bytes.py` sees to it, and `sharding.make_mesh` checks that it is so.)
 
+**Pieces.** In 16 bits a weight is four times as large, 448 MiB for one of Llama-2-70B's [28672, 8192], and it is there
+while a layer computes, at the peak of a step. So a large one is made a piece at a time: some rows where rows give
+columns of the result, some columns where they do, so that no sum is put together of pieces.
+
 The numbers are those of bitsandbytes, bit for bit: the same quantisation is called at load, the same dequantisation in
 the forward, and the tests compare both with `bitsandbytes.nn.Linear4bit`.
 
@@ -28,7 +32,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes.functional as bnb_functional
@@ -40,6 +44,16 @@ from .ranks import log_once
 ALIGNMENT = 16
 NESTED_BLOCKSIZE = 256
 """Scales that share one second-level scale: QLoRA, arXiv:2305.14314, section 3 (double quantisation)."""
+PIECE_BYTES = 1 << 28
+"""Of a weight in 16 bits, made at a time: as much as of experts (`experts/layers.py`)."""
+PIECE_STEP = 2048
+"""Pieces have a multiple of so many rows or columns if PIECE_BYTES has room, so that products with them fill a card.
+
+With 2048 tokens, 2048 k rows are 16 x 8 k tiles of 128 x 256, and take k rounds of an H100's 132 processors or fewer:
+97 % of them work, whatever k, and with 4096 tokens as well. A quarter of [28672, K] is 16 x 28 tiles, which take four
+rounds: 85 %.
+"""
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,32 @@ class PackedLayout:
     def packed_shape(self, storage_dtype: torch.dtype) -> tuple[int, int]:
         """Return the shape `[M, 1]` of the buffer viewed in `storage_dtype`."""
         return self.num_bytes // storage_dtype.itemsize, 1
+
+    def row_pieces(self, dtype: torch.dtype) -> list[slice]:
+        """Return the rows that are dequantised at a time: `[ALL]` if they fit into PIECE_BYTES."""
+        return self._cut(0, 1, dtype)
+
+    def column_pieces(self, dtype: torch.dtype) -> list[slice]:
+        """Return the columns that are dequantised at a time, likewise."""
+        return self._cut(1, self.blocksize, dtype)
+
+    def _cut(self, dim: int, unit: int, dtype: torch.dtype) -> list[slice]:
+        """Cut one dimension evenly into multiples of a unit. Where rows are no whole blocks, nothing can be cut."""
+        size = self.shape[dim]
+        most = PIECE_BYTES // (self.shape[1 - dim] * dtype.itemsize)
+        if size <= most or self.shape[1] % self.blocksize:
+            return [ALL]
+        step = unit
+        while 2 * step <= min(most, PIECE_STEP):
+            step *= 2
+        num_steps, steps_at_a_time = math.ceil(size / step), max(1, most // step)
+        piece = step * math.ceil(num_steps / math.ceil(num_steps / steps_at_a_time))
+        return [slice(start, min(start + piece, size)) for start in range(0, size, piece)]
+
+    def part(self, rows: slice, columns: slice) -> PackedLayout:
+        """Return the layout that these rows and columns would have by themselves."""
+        shape = len(range(self.shape[0])[rows]), len(range(self.shape[1])[columns])
+        return self if shape == self.shape else replace(self, shape=shape)
 
 
 def align(num_bytes: int) -> int:
@@ -161,59 +201,96 @@ def pack(
 
 def unpack(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Return views of the codes `[codes_bytes]` (uint8) and the block scales `[num_blocks]` (fp32)."""
-    absmax_start, nested_start, offset_start, _ = layout.offsets
-    raw = packed.detach().reshape(-1).view(torch.uint8)
-    absmax = raw[absmax_start : absmax_start + layout.absmax_bytes]
+    codes, absmax, nested, offset = _view_parts(packed, layout)
     if layout.double_quant:
-        nested = raw[nested_start : nested_start + 4 * layout.num_nested_blocks].view(torch.float32)
-        offset = raw[offset_start : offset_start + 4].view(torch.float32)
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(
             absmax, nested, dynamic_map(packed.device), NESTED_BLOCKSIZE, torch.float32
         )
         absmax += offset
-    else:
-        absmax = absmax.view(torch.float32)
-    return raw[: layout.codes_bytes], absmax
+    return codes, absmax
 
 
-def dequantize(packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight `[N, K]` in `dtype` from its packed buffer: in one kernel on GPUs that have Triton."""
-    kind = layout.quant_type, layout.double_quant, layout.blocksize
-    if packed.is_cuda and (fused := _find_fused(packed.device, dtype, *kind)):
-        return fused(packed.detach(), layout, dtype)
-    return dequantize_in_parts(packed, layout, dtype)
+def unpack_piece(
+    packed: torch.Tensor, layout: PackedLayout, rows: slice, columns: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `unpack` does, of some rows and columns alone. Both are whole blocks."""
+    codes, absmax, nested, offset = _view_parts(packed, layout)
+    (num_rows, num_columns), size = layout.shape, layout.blocksize
+    start, stop, _ = columns.indices(num_columns)
+    blocks = slice(start // size, stop // size)
+    codes = codes.view(num_rows, -1)[rows, start // 2 : stop // 2]
+    absmax = absmax.view(num_rows, -1)[rows, blocks]
+    if layout.double_quant:
+        of_row = torch.arange(num_rows, device=packed.device)[rows, None] * (num_columns // size)
+        place = (of_row + torch.arange(num_columns // size, device=packed.device)[blocks]) // NESTED_BLOCKSIZE
+        absmax = dynamic_map(packed.device)[absmax.int()].mul_(nested[place]).add_(offset)
+    return codes.contiguous().view(-1), absmax.contiguous().view(-1)
 
 
-def dequantize_in_parts(packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
+def _view_parts(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, ...]:
+    """Return codes, absmax, nested absmax and offset as they are stored; the last two are empty if there are none."""
+    absmax_start, nested_start, offset_start, _ = layout.offsets
+    raw = packed.detach().reshape(-1).view(torch.uint8)
+    absmax = raw[absmax_start : absmax_start + layout.absmax_bytes]
+    nested = raw[nested_start : nested_start + 4 * layout.num_nested_blocks].view(torch.float32)
+    offset = raw[offset_start : offset_start + 4 * layout.double_quant].view(torch.float32)
+    return raw[: layout.codes_bytes], absmax if layout.double_quant else absmax.view(torch.float32), nested, offset
+
+
+def dequantize(
+    packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype, rows: slice = ALL, columns: slice = ALL
+) -> torch.Tensor:
+    """Return the weight `[N, K]` from its packed buffer, or a piece of it: in one kernel on GPUs that have Triton.
+
+    Args:
+        packed (`torch.Tensor`): The buffer `[M, 1]`.
+        layout (`PackedLayout`): Its layout.
+        dtype (`torch.dtype`): Dtype of the result.
+        rows (`slice`, *optional*): Which rows, one of `layout.row_pieces`. The bits are those that they have in all.
+        columns (`slice`, *optional*): Which columns, one of `layout.column_pieces`.
+    """
+    kind, is_part = (layout.quant_type, layout.double_quant, layout.blocksize), not rows == columns == ALL
+    if packed.is_cuda and (fused := _find_fused(packed.device, dtype, *kind, is_part=is_part)):
+        return fused(packed.detach(), layout, dtype, rows, columns)
+    return dequantize_in_parts(packed, layout, dtype, rows, columns)
+
+
+def dequantize_in_parts(
+    packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype, rows: slice = ALL, columns: slice = ALL
+) -> torch.Tensor:
     """Return what `dequantize` does, by the kernels of bitsandbytes: first the scales, then the codes."""
-    codes, absmax = unpack(packed, layout)
+    is_whole, part = rows == columns == ALL, layout.part(rows, columns)
+    codes, absmax = unpack(packed, layout) if is_whole else unpack_piece(packed, layout, rows, columns)
     # In rows of one block: on CPUs with AVX512, bitsandbytes 0.50 takes wrong scales, without a word, where a row does
     # not consist of whole blocks.
-    rows = (layout.num_blocks, layout.blocksize)
-    missing = rows[0] * rows[1] // 2 - codes.numel()
+    blocks = (part.num_blocks, part.blocksize)
+    missing = blocks[0] * blocks[1] // 2 - codes.numel()
     if missing:  # the last block is short
         codes = nn.functional.pad(codes, (0, missing))
     weight = torch.ops.bitsandbytes.dequantize_4bit(
-        codes.view(-1, 1), absmax, layout.blocksize, layout.quant_type, rows, dtype
+        codes.view(-1, 1), absmax, part.blocksize, part.quant_type, blocks, dtype
     )
-    return weight.view(-1)[: layout.numel].view(layout.shape)
+    return weight.view(-1)[: part.numel].view(part.shape)
 
 
 @functools.cache
 def _find_fused(
-    device: torch.device, dtype: torch.dtype, *kind: Any
-) -> Callable[[torch.Tensor, PackedLayout, torch.dtype], torch.Tensor] | None:
+    device: torch.device, dtype: torch.dtype, *kind: Any, is_part: bool = False
+) -> Callable[..., torch.Tensor] | None:
     """Return the fused kernel if it runs on this device and gives the bits of bitsandbytes, which is tried.
 
-    For each dtype and kind of layout: Triton compiles another kernel for each.
+    For each dtype and kind of layout, and for parts of weights: Triton compiles another kernel for each.
     """
     try:
         from .kernels.nested_dequantize import dequantize_packed
 
         fused = functools.partial(dequantize_packed, nested_blocksize=NESTED_BLOCKSIZE)
-        layout = PackedLayout((96, 70), *kind)
+        layout, piece = PackedLayout((96, 70), *kind), (ALL, ALL)
+        if is_part:  # in the second half of each row
+            size = layout.blocksize
+            layout, piece = replace(layout, shape=(300, 2 * size)), (slice(1, 300), slice(size, 2 * size))
         probe = quantize(torch.linspace(-1, 1, layout.numel, device=device).view(layout.shape), layout, torch.float32)
-        if torch.equal(fused(probe, layout, dtype), dequantize_in_parts(probe, layout, dtype)):
+        if torch.equal(fused(probe, layout, dtype, *piece), dequantize_in_parts(probe, layout, dtype, *piece)):
             return fused
         problem = "its numbers are not those of bitsandbytes on this device"
     except Exception as error:  # no triton, no C compiler for what it generates, a device it does not know

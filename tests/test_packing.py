@@ -12,9 +12,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_qlora_fsdp import packing
 from hf_qlora_fsdp.packed_linear import PackedLinear4bit, repack
-from hf_qlora_fsdp.packing import PackedLayout, dequantize, pack, quantize, unpack
+from hf_qlora_fsdp.packing import ALL, PackedLayout, dequantize, pack, quantize, unpack
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -239,3 +241,70 @@ def test_each_weight_has_the_scale_of_its_block(shape, blocksize):
     indices = torch.stack([codes >> 4, codes & 15], dim=1).view(-1)[: layout.numel].long()
     expected = (values[indices] * absmax.repeat_interleave(blocksize)[: layout.numel]).view(shape)
     assert torch.equal(dequantize(packed, layout, torch.float32), expected)
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), KINDS)
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("shape", [(256, 256), (192, 384), (1000, 640), (33, 8192), (7, 128)])
+def test_pieces_have_the_bits_that_they_have_in_the_whole(shape, blocksize, quant_type, double_quant, monkeypatch):
+    """Where rows are whole nested blocks, halves and more, or have no part of one in common; the last piece shorter."""
+    layout = PackedLayout(shape, quant_type, double_quant, blocksize)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-3, 1, layout.numel).view(shape)
+    packed = quantize(torch.randn(shape, generator=generator) * sizes, layout, torch.bfloat16)
+    for dtype in DTYPES:
+        whole = dequantize(packed, layout, dtype)
+        monkeypatch.setattr(packing, "PIECE_BYTES", layout.numel * dtype.itemsize // 3)
+        rows, columns = layout.row_pieces(dtype), layout.column_pieces(dtype)
+        assert len(rows) >= 3 and (len(columns) >= 3 or shape[1] < 3 * blocksize)
+        by_rows = torch.cat([dequantize(packed, layout, dtype, piece) for piece in rows])
+        by_columns = torch.cat([dequantize(packed, layout, dtype, columns=piece) for piece in columns], dim=1)
+        assert torch.equal(raw_bytes(by_rows), raw_bytes(whole))
+        assert torch.equal(raw_bytes(by_columns), raw_bytes(whole))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_of_a_piece_nothing_more_is_unpacked(dim, monkeypatch):
+    layout = PackedLayout((1024, 1024))
+    packed = quantize(torch.randn(layout.shape), layout, torch.bfloat16)
+    monkeypatch.setattr(packing, "PIECE_BYTES", layout.numel * 2 // 16)
+    piece = [layout.row_pieces, layout.column_pieces][dim](torch.bfloat16)[1]
+    largest: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if result.untyped_storage().data_ptr() != packed.untyped_storage().data_ptr():
+                largest.append(result.untyped_storage().nbytes())
+            return result
+
+    with Sizes():
+        part = dequantize(packed, layout, torch.bfloat16, *((piece, ALL) if dim == 0 else (ALL, piece)))
+    assert part.nbytes == packing.PIECE_BYTES == max(largest)
+    assert sorted(set(largest))[-2] <= part.nbytes // 4  # a copy of its codes, and less for scales
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "rows", "columns"),
+    [
+        ((14336, 4096), torch.bfloat16, [], []),
+        ((28672, 8192), torch.bfloat16, [14336] * 2, [4096] * 2),
+        ((8192, 28672), torch.bfloat16, [4096] * 2, [14336] * 2),
+        ((53248, 16384), torch.bfloat16, [8192] * 6 + [4096], [2048] * 8),
+        ((27648, 5120), torch.bfloat16, [14336, 13312], [4096, 1024]),
+        ((28672, 8192), torch.float32, [8192] * 3 + [4096], [2048] * 4),
+        ((96, 2**21), torch.bfloat16, [64, 32], [1048576] * 2),  # where not even PIECE_STEP fits
+        ((2**21, 150), torch.bfloat16, [], []),  # rows that are no whole blocks
+    ],
+)
+def test_large_weights_are_cut_evenly(shape, dtype, rows, columns):
+    layout = PackedLayout(shape)
+    for size, pieces, expected in zip(
+        shape, (layout.row_pieces(dtype), layout.column_pieces(dtype)), (rows, columns), strict=True
+    ):
+        assert [piece.stop - piece.start for piece in pieces if piece != ALL] == expected
+        if expected:
+            assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
+            assert pieces[-1].stop == size
+        else:
+            assert pieces == [ALL]

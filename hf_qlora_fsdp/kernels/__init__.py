@@ -3,6 +3,7 @@
 At small batches a GPU waits for Python, at large ones for memory. Both want the same: fewer and larger steps.
 
 - `nested_dequantize.py`: a packed weight becomes 16-bit in one kernel, where bitsandbytes takes three.
+- `base_product.py`: products with such a weight, a piece at a time if it is large.
 - `lora_linear.py`: base product and low-rank part as one function, the second added into the first.
 - `lora_group.py`: the same for layers that read one input, which is read once.
 - `swiglu.py`: a gated MLP, which keeps half as much for the backward, and is run again only as far as it has to be.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .base_product import add_gradient_product
 from .lora_linear import LoraWeights, add_products, backward_to_b
 
 
@@ -69,7 +70,7 @@ class _LoraGroup(torch.autograd.Function):
         if needs_x:
             dx_TK = dh_TS.mm(_stack_a(layers))
             for dy_TN, layer in zip(dys_TN, layers, strict=True):
-                dx_TK.addmm_(dy_TN, layer.base.dequantize(dy_TN.dtype))
+                add_gradient_product(dx_TK, dy_TN, layer.base)
             dx = dx_TK.view(ctx.x_shape)
         return dx, None, None, *grads
 

@@ -27,12 +27,14 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .base_product import add_base_product, add_gradient_product, multiply_base
+
 
 class LoraWeights:
     """Where the weights of one layer are found, now and again in the backward.
 
     Args:
-        base (`packed_linear.PackedLinear4bit`): The frozen layer: `weight`, `bias` and `dequantize(dtype)`.
+        base (`packed_linear.PackedLinear4bit`): The frozen layer.
         lora_a (`nn.Linear`): A, its weight `[R, K]`.
         lora_b (`nn.Linear`): B, its weight `[N, R]`.
     """
@@ -63,11 +65,11 @@ def add_products(
 
     A bias, which may be larger than both, is rounded into a sum once: with the base product, which then comes first.
     """
-    w_NK, bias = weights.base.dequantize(x_TK.dtype), weights.base.bias
-    if bias is not None:
-        return torch.addmm(bias.to(x_TK.dtype), x_TK, w_NK.t()).addmm_(h_TR, b_NR.t(), alpha=scaling)
+    base = weights.base
+    if base.bias is not None:
+        return multiply_base(x_TK, base, base.bias.to(x_TK.dtype)).addmm_(h_TR, b_NR.t(), alpha=scaling)
     y_TN = h_TR.new_empty(h_TR.shape[0], b_NR.shape[0]).addmm_(h_TR, b_NR.t(), beta=0, alpha=scaling)
-    return y_TN.addmm_(x_TK, w_NK.t())
+    return add_base_product(y_TN, x_TK, base)
 
 
 def backward_through_b(dy_TN: torch.Tensor, weights: LoraWeights, scaling: float) -> torch.Tensor:
@@ -82,7 +84,7 @@ def backward_to_input(
     """Return dx `[T, K]`, added into the one that another layer with the same input has left."""
     a_RK = weights.lora_a.weight
     dx_TK = dh_TR.mm(a_RK) if dx_TK is None else dx_TK.addmm_(dh_TR, a_RK)
-    return dx_TK.addmm_(dy_TN, weights.base.dequantize(dy_TN.dtype))
+    return add_gradient_product(dx_TK, dy_TN, weights.base)
 
 
 def backward_to_b(dy_TN: torch.Tensor, h_TR: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -10,6 +10,9 @@ a few blocks of codes together with their scales, straight from the packed buffe
 **Pieces.** Equal weights whose codes lie side by side, and their scales likewise (`experts/stacks.py`), are dequantised
 as one. Each has nested scales and an offset of its own, which a block finds by the number of its piece.
 
+**A part.** Of a weight whose rows are whole blocks, some rows or columns can be made alone: a block of the result then
+comes from another place, which it finds by its row.
+
 **The same bits.** bitsandbytes rounds the first product to float32 before the offset is added, since that happens in
 another kernel. A compiler would fuse the two into one multiply-add that rounds once; `enable_fp_fusion=False` forbids
 it. (Weights below 1.2e-38 are the exception: bitsandbytes is compiled with flushing of subnormal numbers to zero.)
@@ -50,6 +53,10 @@ def _dequantize(
     offset_start,
     blocks_per_piece,
     nested_per_piece,
+    first_block,
+    blocks_per_row,
+    blocks_per_whole_row,
+    IS_PART: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
@@ -57,6 +64,10 @@ def _dequantize(
 ):
     block_B = tl.program_id(0).to(tl.int64) * NUM_BLOCKS + tl.arange(0, NUM_BLOCKS)
     exists_B = block_B * BLOCKSIZE < numel
+    index_BW = block_B[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    if IS_PART:
+        row_B = block_B // blocks_per_row
+        block_B = first_block + row_B * blocks_per_whole_row + (block_B - row_B * blocks_per_row)
     if DOUBLE_QUANT:
         nested_ptr = (packed_ptr + nested_start).to(tl.pointer_type(tl.float32))
         offset_ptr = (packed_ptr + offset_start).to(tl.pointer_type(tl.float32))
@@ -75,23 +86,36 @@ def _dequantize(
     high_BH = tl.load(map4_ptr + (codes_BH >> 4)) * absmax_B[:, None]
     low_BH = tl.load(map4_ptr + (codes_BH & 15)) * absmax_B[:, None]
     weights_BW = tl.interleave(high_BH, low_BH).to(out_ptr.dtype.element_ty)
-    index_BW = block_B[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(out_ptr + index_BW, weights_BW, mask=index_BW < numel)
 
 
-def dequantize_packed(packed: torch.Tensor, layout: Any, dtype: torch.dtype, *, nested_blocksize: int) -> torch.Tensor:
-    """Return the weight of a packed buffer.
+def dequantize_packed(
+    packed: torch.Tensor,
+    layout: Any,
+    dtype: torch.dtype,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+    *,
+    nested_blocksize: int,
+) -> torch.Tensor:
+    """Return the weight of a packed buffer, or a part of it.
 
     Args:
         packed (`torch.Tensor`): The buffer, contiguous, in any dtype.
         layout (`PackedLayout`): What lies where in it.
         dtype (`torch.dtype`): Dtype of the result.
+        rows (`slice`), columns (`slice`, *optional*): Which part, whole blocks of rows that are whole blocks.
         nested_blocksize (`int`): Scales that share one second-level scale.
     Returns:
         `torch.Tensor`: The weight `[N, K]`, on the device of the buffer.
     """
     starts = (0, *layout.offsets[:3])
-    return dequantize_run(packed, layout, 1, starts, dtype, nested_blocksize=nested_blocksize)[0]
+    out = torch.empty((1, *layout.part(rows, columns).shape), dtype=dtype, device=packed.device)
+    part = None
+    if rows != slice(None) or columns != slice(None):
+        in_row, size = layout.shape[1] // layout.blocksize, layout.blocksize
+        part = ((rows.start or 0) * in_row + (columns.start or 0) // size, out.shape[-1] // size, in_row)
+    return _launch(packed, layout, out, starts, nested_blocksize, part)[0]
 
 
 def dequantize_run(
@@ -115,24 +139,38 @@ def dequantize_run(
     Returns:
         `torch.Tensor`: The weights `[P, N, K]`, on the device of the buffer.
     """
+    out = torch.empty((num_pieces, *layout.shape), dtype=dtype, device=packed.device)
+    return _launch(packed, layout, out, starts, nested_blocksize, None)
+
+
+def _launch(
+    packed: torch.Tensor,
+    layout: Any,
+    out: torch.Tensor,
+    starts: Sequence[int],
+    nested_blocksize: int,
+    part: tuple[int, int, int] | None,
+) -> torch.Tensor:
+    """Fill `out`, of a part with its first block and the blocks of a row, in the part and in all."""
     device = packed.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # triton launches on the current device
-            return dequantize_run(packed, layout, num_pieces, starts, dtype, nested_blocksize=nested_blocksize)
-    out = torch.empty((num_pieces, *layout.shape), dtype=dtype, device=device)
+            return _launch(packed, layout, out, starts, nested_blocksize, part)
     map4, map8 = _load_maps(layout.quant_type, device)
-    numel, blocksize = num_pieces * layout.numel, layout.blocksize
+    num_pieces, blocksize = out.shape[0], layout.blocksize
     num_blocks = max(1, WEIGHTS_PER_PROGRAM // blocksize)
-    _dequantize[(-(-numel // (num_blocks * blocksize)),)](
+    _dequantize[(-(-out.numel() // (num_blocks * blocksize)),)](
         packed.view(torch.uint8),
         out,
         map4,
         map8,
-        numel,
+        out.numel(),
         num_pieces * layout.codes_bytes,
         *starts,
         layout.num_blocks,
         layout.num_nested_blocks,
+        *(part or (0, 1, 1)),
+        IS_PART=part is not None,
         DOUBLE_QUANT=layout.double_quant,
         BLOCKSIZE=blocksize,
         NESTED_BLOCKSIZE=nested_blocksize,

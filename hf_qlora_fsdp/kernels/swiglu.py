@@ -53,7 +53,9 @@ class _Gated(torch.autograd.Function):
         needs_x, *needs = ctx.needs_input_grad[:5]
         x_TK, dm_TI = x.reshape(-1, x.shape[-1]), dm.view(-1, dm.shape[-1])
         dg_TI, du_TI = silu_product_gradients(dm_TI, g.view(dm_TI.shape), u.view(dm_TI.shape))
-        del g, u  # before the 16-bit weights are made
+        # Before 16-bit weights are made. They go if checkpointing has made them; what the forward kept is autograd's,
+        # and stays until this node is done.
+        del g, u
         (gate, up), (gate_scaling, up_scaling) = ctx.layers, ctx.scalings
         dx_TK, *gate_grads = _backward_of_layer(x_TK, dg_TI, gate_h, gate, gate_scaling, needs_x, needs[:2], None)
         del dg_TI

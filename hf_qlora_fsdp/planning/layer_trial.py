@@ -37,9 +37,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from .. import packed_linear
 from ..experts import layers as experts
 from ..experts.stacks import StackLayout, dequantize_pieces
 from ..kernels import silu_product, swiglu
+from ..packing import ALL, PackedLayout, dequantize
 from ..ranks import logger
 from ..speed.fusion import FusedLora, fuse_lora, unfuse_lora
 from .weighing import ModelWeight
@@ -109,9 +111,8 @@ class _Meter(TorchDispatchMode):
         if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0]  # rotary frequencies that depend on positions: others have the same shape
         result = func(*args, **(kwargs or {}))
-        if func is not torch.ops.bitsandbytes.dequantize_blockwise.default:  # part of one kernel on a GPU
-            cause = "dequantised weights" if func.namespace == "bitsandbytes" else "activations"
-            pytree.tree_map_only(torch.Tensor, lambda tensor: self._count(tensor, cause), result)
+        cause = "dequantised weights" if func.namespace == "bitsandbytes" else "activations"
+        pytree.tree_map_only(torch.Tensor, lambda tensor: self._count(tensor, cause), result)
         return result
 
     def _count(self, tensor: torch.Tensor, cause: str) -> None:
@@ -303,12 +304,27 @@ def _dequantize_pieces(
     """Make what `experts/stacks.dequantize_pieces` does, and on the meta device nothing beside it."""
     if not stack.is_meta:
         return dequantize_pieces(stack, start, stop, layout, dtype)
-    piece, raw = layout.piece, stack.detach().view(-1)
+    piece = layout.piece
     shape = (stop - start) * piece.shape[0], piece.shape[1]
-    blocks = torch.ops.bitsandbytes.dequantize_4bit(
-        raw.view(torch.uint8), raw.view(torch.float32), piece.blocksize, piece.quant_type, shape, dtype
+    return _dequantize_on_meta(stack, shape, piece, dtype).view(stop - start, *piece.shape)
+
+
+def _dequantize(
+    packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype, rows: slice = ALL, columns: slice = ALL
+) -> torch.Tensor:
+    """Make what `packing.dequantize` does, and on the meta device nothing beside it."""
+    if not packed.is_meta:
+        return dequantize(packed, layout, dtype, rows, columns)
+    return _dequantize_on_meta(packed, layout.part(rows, columns).shape, layout, dtype)
+
+
+def _dequantize_on_meta(
+    packed: torch.Tensor, shape: tuple[int, int], layout: PackedLayout, dtype: torch.dtype
+) -> torch.Tensor:
+    raw = packed.detach().view(-1)
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        raw.view(torch.uint8), raw.view(torch.float32), layout.blocksize, layout.quant_type, shape, dtype
     )
-    return blocks.view(stop - start, *piece.shape)
 
 
 _STAND_INS: list[tuple[Any, str, Callable[..., Any]]] = [
@@ -317,6 +333,7 @@ _STAND_INS: list[tuple[Any, str, Callable[..., Any]]] = [
     (silu_product, "silu_product", lambda g, u: g.new_empty(g.shape)),
     (silu_product, "write_gradients", lambda *_: None),
     (experts, "dequantize_pieces", _dequantize_pieces),
+    (packed_linear, "dequantize", _dequantize),
 ]
 """In place of Triton kernels, which take no memory but for what they return."""
 

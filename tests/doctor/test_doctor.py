@@ -182,8 +182,8 @@ if "RANK" in os.environ:
     backward, dequantize = torch.Tensor.backward, packed_linear.dequantize
     def lose(loss):
         backward(loss * (os.environ["RANK"] == "0"))
-    def alter(packed, layout, dtype):
-        weight = dequantize(packed, layout, dtype)
+    def alter(packed, layout, *options):
+        weight = dequantize(packed, layout, *options)
         if layout.shape == (64, 128):
             weight[0, 0] *= 1 + 2**-7
         return weight

@@ -30,7 +30,15 @@ from hf_qlora_fsdp.experts.stacks import (
     extract_piece,
     insert_piece,
 )
-from hf_qlora_fsdp.packing import NESTED_BLOCKSIZE, PackedLayout, dequantize, dequantize_in_parts, quantize, unpack
+from hf_qlora_fsdp.packing import (
+    ALL,
+    NESTED_BLOCKSIZE,
+    PackedLayout,
+    dequantize,
+    dequantize_in_parts,
+    quantize,
+    unpack,
+)
 
 # Whole nested blocks and programs; a last nested block that is not full; a last block that is not full; an odd number
 # of weights, so that half a byte is left over; one block that is all there is.
@@ -66,6 +74,14 @@ def compare_bits(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return mine.dtype == theirs.dtype and torch.equal(mine.view(bits), theirs.view(bits))
 
 
+def cut_in_thirds(layout: PackedLayout, dtype: torch.dtype) -> list[tuple[slice, slice]]:
+    """Return rows and columns of pieces of a third or less, where rows are whole blocks: first across, then along."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "PIECE_BYTES", layout.numel * dtype.itemsize // 3)
+        across, along = layout.row_pieces(dtype), layout.column_pieces(dtype)
+    return [*((rows, ALL) for rows in across), *((ALL, columns) for columns in along)]
+
+
 def make_stack(layout: StackLayout, device: str = "cpu") -> torch.Tensor:
     stack = torch.zeros(layout.packed_shape(torch.bfloat16), dtype=torch.bfloat16, device=device)
     for index in range(layout.num_pieces):
@@ -78,12 +94,15 @@ def make_stack(layout: StackLayout, device: str = "cpu") -> torch.Tensor:
 def test_bits_are_those_of_bitsandbytes_on_a_gpu(dtype):
     pytest.importorskip("triton")
     fused = packing._find_fused(torch.device("cuda", 0), dtype)
-    assert fused is not None
-    for layout in [*LAYOUTS, PackedLayout((4096, 4097))]:
+    assert fused is not None and packing._find_fused(torch.device("cuda", 0), dtype, is_part=True) is not None
+    for layout in [*LAYOUTS, PackedLayout((4096, 4097)), PackedLayout((4096, 8192))]:
         packed = make_packed(layout, "cuda:0")
         expected = dequantize_in_parts(packed, layout, dtype)
         assert compare_bits(fused(packed, layout, dtype), expected), layout
         assert compare_bits(dequantize(packed, layout, dtype), expected), layout
+        for piece in cut_in_thirds(layout, dtype):
+            assert compare_bits(fused(packed, layout, dtype, *piece), expected[piece]), (layout, piece)
+            assert compare_bits(dequantize_in_parts(packed, layout, dtype, *piece), expected[piece]), (layout, piece)
     assert expert_stacks._find_fused(torch.device("cuda", 0), dtype) is not None
     for stacked in STACKS:
         stack = make_stack(stacked, "cuda:0")
@@ -107,6 +126,9 @@ def interpret() -> None:
         assert torch.equal(mine, dequantize_by_definition(packed, layout, dtype)), (layout, dtype)
         if layout.blocksize == 64:
             assert torch.equal(mine, dequantize_in_parts(packed, layout, dtype)), (layout, dtype)
+        for piece in cut_in_thirds(layout, dtype):
+            part = dequantize_packed(packed, layout, dtype, *piece, nested_blocksize=NESTED_BLOCKSIZE)
+            assert torch.equal(part, mine[piece]), (layout, dtype, piece)
     for layout in STACKS:
         stack = make_stack(layout)
         mine = dequantize_pieces_fused(stack, 1, 3, layout, torch.float32)
@@ -127,15 +149,17 @@ def test_numbers_are_those_of_bitsandbytes_in_the_interpreter():
 
 
 @needs_triton
+@pytest.mark.parametrize("is_part", [False, True])
 @pytest.mark.parametrize("compute_capability", [80, 90])
-def test_products_are_rounded_before_they_are_added(compute_capability):
+def test_products_are_rounded_before_they_are_added(compute_capability, is_part):
     """The option that the launch passes is what keeps the compiler from a multiply-add, which rounds once."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     from hf_qlora_fsdp.kernels.nested_dequantize import NUM_WARPS, _dequantize
 
-    constants = {"DOUBLE_QUANT": True, "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE, "NUM_BLOCKS": 32}
+    constants = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE, "NUM_BLOCKS": 32}
+    constants |= {"IS_PART": is_part, "DOUBLE_QUANT": True}
     pointers = {"packed_ptr": "*u8", "out_ptr": "*bf16", "map4_ptr": "*fp32", "map8_ptr": "*fp32"}
     signature = {
         name: pointers.get(name, "constexpr" if name in constants else "i32") for name in _dequantize.arg_names
@@ -168,10 +192,13 @@ def test_without_triton_one_line_says_so(monkeypatch, caplog):
 def test_a_kernel_with_other_numbers_is_not_used(monkeypatch, caplog):
     from hf_qlora_fsdp.kernels import nested_dequantize
 
-    wrong = lambda packed, layout, dtype, nested_blocksize: torch.zeros(layout.shape, dtype=dtype)  # noqa: E731
+    def wrong(packed, layout, dtype, rows, columns, nested_blocksize):
+        return torch.zeros(layout.part(rows, columns).shape, dtype=dtype)
+
     monkeypatch.setattr(nested_dequantize, "dequantize_packed", wrong)
     packing._find_fused.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
         assert packing._find_fused(torch.device("cpu"), torch.bfloat16) is None
+        assert packing._find_fused(torch.device("cpu"), torch.bfloat16, is_part=True) is None
     packing._find_fused.cache_clear()
-    assert "not those of bitsandbytes" in caplog.text
+    assert "not those of bitsandbytes" in caplog.text and "Error" not in caplog.text

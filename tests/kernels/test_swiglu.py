@@ -28,10 +28,10 @@ from tests.test_packing import make_linear
 HIDDEN, INNER, RANK = 128, 320, 8
 
 
-def make_mlp(dtype: torch.dtype, bias: bool = False) -> nn.Module:
-    mlp = LlamaMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=INNER, hidden_act="silu", mlp_bias=bias))
+def make_mlp(dtype: torch.dtype, bias: bool = False, inner: int = INNER) -> nn.Module:
+    mlp = LlamaMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=inner, hidden_act="silu", mlp_bias=bias))
     for seed, name in enumerate(("gate_proj", "up_proj", "down_proj")):
-        shape = (HIDDEN, INNER) if name == "down_proj" else (INNER, HIDDEN)
+        shape = (HIDDEN, inner) if name == "down_proj" else (inner, HIDDEN)
         linear = make_linear(shape, dtype=dtype, bias=bias, seed=seed)
         setattr(mlp, name, repack(linear, compute_dtype=dtype, storage_dtype=dtype))
     config = LoraConfig(r=RANK, lora_alpha=12, target_modules=["gate_proj", "up_proj", "down_proj"])
@@ -158,9 +158,12 @@ def test_what_is_computed_again_ends_before_down(monkeypatch):
     adapter, counts = adapter_of(mlp), Counter()
     for name in ("gate_proj", "up_proj", "down_proj"):
         base = getattr(mlp, name).base_layer
-        monkeypatch.setattr(
-            base, "dequantize", lambda *args, name=name, of=base.dequantize: (counts.update([name]), of(*args))[1]
-        )
+
+        def count(*args, name=name, of=base.dequantize, **options):
+            counts.update([name])
+            return of(*args, **options)
+
+        monkeypatch.setattr(base, "dequantize", count)
     x, dy = torch.randn(2, 20, HIDDEN, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 20, HIDDEN).bfloat16()
     usual = differentiate(mlp, x, dy, *adapter)
     assert counts == {"gate_proj": 2, "up_proj": 2, "down_proj": 2}

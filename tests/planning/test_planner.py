@@ -169,6 +169,14 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
     assert planned == saved + orders
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_of_large_weights_a_piece_is_there_in_16_bits(weights, fuse):
+    """Half of [28672, 8192], of the MLP. Nothing else is dequantised, and scales are no part of it."""
+    weight = weights["70b"]
+    trial = try_layer(weight, weight.layers[0].kind, batch=1, seq=2048, fuse=fuse)
+    assert {trial.forward["dequantised weights"], trial.backward["dequantised weights"]} == {2 * 14336 * 8192}
+
+
 UNUSUAL: dict[str, dict[str, Any]] = {
     # Its router adds a buffer to what it computes.
     "deepseek": {"model_type": "deepseek_v3", "moe_intermediate_size": 64, "n_routed_experts": 4, "n_group": 1}
