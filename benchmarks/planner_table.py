@@ -126,8 +126,9 @@ def read_runs(results: Path) -> Iterator[Run]:
     measured: dict[tuple[str, ...], dict[str, float]] = {}
     with results.open(newline="") as stream:
         for row in csv.DictReader(stream):
-            if "CPU" not in row["hardware"] and (_TRUTH.search(row["command"]) or _PROMISE.search(row["command"])):
-                key = tuple(row[name] for name in ("command", "hardware", "date", "versions"))
+            found = _TRUTH.search(row["command"]) or _PROMISE.search(row["command"])
+            if "CPU" not in row["hardware"] and found:
+                key = (found[0], *(row[name] for name in ("hardware", "date", "versions")))
                 figures = measured.setdefault(key, {})
                 figures[row["claim"].partition(": ")[2]] = float(row["value"]) * GIB
     latest = {

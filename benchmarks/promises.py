@@ -15,6 +15,7 @@ import contextlib
 import csv
 import datetime
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -278,7 +279,9 @@ def record(claim: Claim, name: str, outcome: dict[str, Any], options: argparse.N
         figures["rate"] = outcome["tokens_per_second_per_device"], "tokens/s/GPU"
         figures["matmul share"] = 100 * outcome["matmul_share"], "%"
     steps = num_steps(claim.rows[name], options)
-    words = [f"python benchmarks/{Path(claim.file).name} --row", name, "--steps", str(steps)]
+    # Variables that change what lies beside torch's tensors, and what holes there are between them.
+    words = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(("NCCL_", "PYTORCH_"))]
+    words += [f"python benchmarks/{Path(claim.file).name} --row", name, "--steps", str(steps)]
     for option in ("device_memory", "host_memory", "swap"):
         if getattr(options, option):
             words += [f"--{option.replace('_', '-')}", getattr(options, option)]
