@@ -21,11 +21,15 @@ The two units: the whole one being assembled, and its own staged part with the s
 the host while it is read and on the device while it is quantised; smaller tensors are read ahead in its room. The
 largest unit goes first, when S is still nothing.
 
+The first collective between accelerators waits until files are being read (`_Loading._meet`): NCCL starts with it, and
+a disk need not rest meanwhile. What goes before, and what ranks tell each other, goes over gloo.
+
 A rank that cannot read its part tells the others at the end of the unit (`ranks.fail_together`), and all stop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -53,7 +57,15 @@ from .loading.weights import Weights, find_weights
 from .offloading.staging import NUM_SLOTS, choose_slot_bytes
 from .packed_linear import PackedLinear4bit
 from .ranks import fail_together, join_process_group, local_world_size, rank
-from .sharding import float32_parameters, make_mesh, mesh_device, move_buffers, shard_root, shard_unit
+from .sharding import (
+    check_gathering,
+    float32_parameters,
+    make_mesh,
+    mesh_device,
+    move_buffers,
+    shard_root,
+    shard_unit,
+)
 from .sharding_policy import ShardingPolicy
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
@@ -122,14 +134,14 @@ def load_quantized_model(
         `PreTrainedModel`, or `PeftModel` with a `peft_config`: an `FSDPModule` whose `load_report` says what was read.
     Raises:
         ValueError: The checkpoint, the config or the options cannot give such a model. Says why before any weight is
-            read.
+            made.
         RankError: Another rank failed.
     """
     policy = policy or ShardingPolicy()
     join_process_group("cuda" if torch.cuda.is_available() else "cpu")
     if peft_config is not None:
         check_peft_config(peft_config)
-    started, mesh = time.monotonic(), make_mesh()
+    started, mesh = time.monotonic(), make_mesh(checked=False)
     # What is drawn while building would shift the draws of the adapter, which shall be PEFT's own for the same seed.
     with fail_together(f"opening {model_id_or_path}"), torch.random.fork_rng(devices=[]):
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
@@ -146,9 +158,7 @@ def load_quantized_model(
         else:
             source = plan_checkpoint(model, Weights(find_weights(model_id_or_path, **hub)), dtype, key_mapping)
         loading = _Loading(model, source, policy, mesh)
-        pinned = policy.cpu_offload and policy.pins_memory(mesh.device_type)
-        free = available_bytes(loading.device, with_swap=not pinned, folder=policy.cpu_offload_dir)
-        check_fits(model_id_or_path, loading.need(), mesh.device_type, free)
+        loading.check_room(loading.free_bytes())
     loading.run(peft_config, progress, choose_folder(shard_cache, shard_cache_dir))
     root = loading.root
     loading.report.seconds = time.monotonic() - started
@@ -170,6 +180,7 @@ class _Loading:
     mesh: DeviceMesh
     root: Any = None
     report: LoadReport = field(init=False)
+    need: Need = field(init=False)
 
     def __post_init__(self) -> None:
         self.device = mesh_device(self.mesh)
@@ -183,6 +194,7 @@ class _Loading:
         self.modules = dict(self.model.named_modules())
         self.ties = [tuple(map(self._slot, tie)) for tie in self.model.all_tied_weights_keys.items()]
         self.root = self.model
+        self.need = self._need()
 
     def run(self, peft_config: LoraConfig | None, progress: bool, cache: Path | None) -> None:
         if peft_config is not None:
@@ -208,7 +220,10 @@ class _Loading:
             desc="Loading",
             disable=not progress or rank() != 0,
         )
-        with bar, self.source.stream(mine):
+        with bar, contextlib.ExitStack() as streaming:
+            with fail_together("opening the files that are read"):
+                streaming.enter_context(self.source.stream(mine))
+            self._meet()
             for index, (unit, pieces) in enumerate(groups):
                 bar.set_postfix_str(f"unit {index + 1}/{len(groups)}")
                 self._assemble(unit.name if unit else "the root", pieces, readers[index], node)
@@ -233,6 +248,16 @@ class _Loading:
         move_buffers(self.root, self.device)
         self.report.bytes_read = self.source.count_bytes_read()
 
+    def _meet(self) -> None:
+        """Have the accelerators meet, while the first tensors are being read: NCCL takes up to a second to start.
+
+        It also takes memory of the card, hundreds of MiB, so the card is asked again whether the model fits.
+        """
+        check_gathering(self.mesh)
+        if self.device.type == "cuda":
+            with fail_together("asking whether the model fits"):
+                self.check_room({"cuda": self.free_bytes()["cuda"]})
+
     def _group_pieces(self) -> list[tuple[Unit | None, list[Piece]]]:
         """Assign pieces to units, the unit with most bytes first; what no unit covers goes to the root, last."""
         owners = {name: unit for unit in self.units for name in unit.modules}
@@ -244,7 +269,16 @@ class _Loading:
         by_size = sorted(self.units, key=lambda unit: -self._final_bytes(groups[unit.name]))
         return [*((unit, groups[unit.name]) for unit in by_size), (None, rest)]
 
-    def need(self) -> Need:
+    def free_bytes(self) -> dict[str, int]:
+        """Return what is free, by place."""
+        pinned = self.policy.cpu_offload and self.policy.pins_memory(self.device.type)
+        return available_bytes(self.device, with_swap=not pinned, folder=self.policy.cpu_offload_dir)
+
+    def check_room(self, free: dict[str, int]) -> None:
+        """Refuse a model that does not fit into the free memory of these places."""
+        check_fits(str(self.model.config.name_or_path), self.need, self.device.type, free)
+
+    def _need(self) -> Need:
         """Say what loading will take, before any of it is done."""
         groups = {unit.name if unit else "": pieces for unit, pieces in self._group_pieces()}
         sizes = {name: self._final_bytes(pieces) for name, pieces in groups.items()}

@@ -61,9 +61,12 @@ def check_storage_dtype(storage_dtype: torch.dtype, param_dtype: torch.dtype) ->
         )
 
 
-def make_mesh() -> DeviceMesh:
+def make_mesh(checked: bool = True) -> DeviceMesh:
     """Return the one-dimensional mesh of all ranks, on the accelerator where there is one.
 
+    Args:
+        checked (`bool`): Whether to gather over it now. NCCL starts with the first collective and takes up to a second
+            for it, so who has something to do meanwhile calls `check_gathering` later.
     Raises:
         ShardingError: What is gathered over it is not what was sharded.
     """
@@ -71,17 +74,25 @@ def make_mesh() -> DeviceMesh:
     if device_type == "cuda":
         compat.apply(GATHER_BYTES)
     mesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        _check_gathering(mesh, dtype)
+    if checked:
+        check_gathering(mesh)
     return mesh
 
 
-def _check_gathering(mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Gather every pattern of 16 bits, viewed as numbers, and see that each comes back as it was.
+def check_gathering(mesh: DeviceMesh) -> None:
+    """Gather every pattern of 16 bits, viewed as numbers of each dtype, and see that each comes back as it was.
 
     Whether a copy is one of bits or of numbers depends on kernels that change from version to version, and a wrong one
     shows in no loss. So it is tried on the machine that trains.
+
+    Raises:
+        ShardingError: One does not.
     """
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        _check_gathering(mesh, dtype)
+
+
+def _check_gathering(mesh: DeviceMesh, dtype: torch.dtype) -> None:
     patterns = torch.arange(1 << 16, dtype=torch.int32, device=mesh_device(mesh)).to(torch.int16)
     probe: Any = nn.Module()
     probe.weight = nn.Parameter(patterns.view(dtype).clone(), requires_grad=False)

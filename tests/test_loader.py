@@ -11,9 +11,12 @@ import gc
 import itertools
 import json
 import logging
+import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,8 +32,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from hf_qlora_fsdp import loader
+from hf_qlora_fsdp.errors import ShardingError
 from hf_qlora_fsdp.loader import load_quantized_model
-from hf_qlora_fsdp.loading import weights
+from hf_qlora_fsdp.loading import cache_writer, weights
 from hf_qlora_fsdp.packed_linear import repack
 from hf_qlora_fsdp.sharding import base_model, check_sharded
 from hf_qlora_fsdp.sharding_policy import ShardingPolicy
@@ -122,6 +127,67 @@ def fail_to_load(
     finally:
         weights.Weights.read = read
     return "none", "", num_read
+
+
+def meet_while_reading(rank: int, folder: str, cache: Path, garbles: bool) -> tuple[bool, tuple[str, str, int]]:
+    """Load, and return whether a block had been read when the ranks met; and what came of it, as `fail_to_load` does.
+
+    Args:
+        garbles (`bool`): Whether they find then that what they gather is not what was sharded.
+    """
+    has_read, had_read = threading.Event(), []
+    read, meet = weights._ReadAhead._read_block, loader.check_gathering
+
+    def read_and_say(*args: Any) -> None:
+        read(*args)
+        has_read.set()
+
+    def wait_and_meet(mesh: DeviceMesh) -> None:
+        had_read.append(has_read.wait(timeout=10))
+        meet(mesh)
+        if garbles:
+            raise ShardingError("garbled")
+
+    weights._ReadAhead._read_block, loader.check_gathering = read_and_say, wait_and_meet
+    try:
+        loaded = fail_to_load(rank, [folder] * 2, {"shard_cache_dir": cache})
+        return had_read == [True], loaded
+    finally:
+        weights._ReadAhead._read_block, loader.check_gathering = read, meet
+        cache_writer.finish_writing()
+
+
+def meet_on_cards(rank: int, folder: str) -> tuple[str, str, int]:
+    """Load as if onto cards, of which that of rank 1 has nothing left once the ranks have met."""
+    plenty = {"host": 1 << 40, "cuda": 1 << 40}
+    ask, meet, device = loader.available_bytes, loader.check_gathering, loader.mesh_device
+
+    def meet_and_take(mesh: DeviceMesh) -> None:
+        meet(mesh)
+        plenty["cuda"] = 0 if rank == 1 else plenty["cuda"]
+
+    loader.available_bytes, loader.check_gathering = lambda *_, **__: dict(plenty), meet_and_take
+    loader.mesh_device = lambda mesh: torch.device("cuda", 0)
+    try:
+        return fail_to_load(rank, [folder] * 2, {})
+    finally:
+        loader.available_bytes, loader.check_gathering, loader.mesh_device = ask, meet, device
+
+
+def lose_a_file_between_header_and_data(rank: int, folder: str) -> tuple[str, str, int]:
+    """Load when rank 1 finds a file, and cannot open it for reading a moment later."""
+    opened = os.open
+
+    def fail_to_open(path: Any, *args: Any, **kwargs: Any) -> int:
+        if rank == 1 and str(path).startswith(folder):
+            raise OSError("the disk is gone")
+        return opened(path, *args, **kwargs)
+
+    weights.os.open = fail_to_open
+    try:
+        return fail_to_load(rank, [folder] * 2, {})
+    finally:
+        weights.os.open = opened
 
 
 # ---- In one process --------------------------------------------------------------------------------------------------
@@ -429,6 +495,33 @@ def test_rank_that_cannot_read_stops_all(ranks, tmp_path, lost):
     reader = kinds.index("OSError")
     assert f"Rank {reader} failed while reading" in results[1 - reader][1]
     assert f"the disk has lost {lost}" in results[1 - reader][1]
+
+
+def test_rank_that_cannot_open_a_file_stops_all(ranks, tmp_path):
+    first, second = ranks.run(lose_a_file_between_header_and_data, make_checkpoint(tmp_path), timeout=60)
+    assert second == ("OSError", "the disk is gone", 0)
+    assert first[0] == "RankError" and "Rank 1 failed while opening the files" in first[1] and first[2] == 0
+
+
+# ---- The first collective on the device ------------------------------------------------------------------------------
+
+
+def test_ranks_meet_while_files_are_read(ranks, tmp_path):
+    """NCCL takes a second to start, in which a disk can read; nothing is made, or on the device, until that is done."""
+    folder, root = make_checkpoint(tmp_path / "model"), tmp_path / "shards"
+    for had_read, failed in ranks.run(meet_while_reading, folder, root, True, timeout=60):
+        assert had_read and failed == ("ShardingError", "garbled", 0)
+    assert list(root.iterdir()) == []
+    for had_read, loaded in ranks.run(meet_while_reading, folder, root, False, timeout=60):
+        assert had_read and loaded[0] == "none"
+    assert len(list(root.iterdir())) == 1
+
+
+def test_card_is_asked_again_when_the_ranks_have_met(ranks, tmp_path):
+    first, second = ranks.run(meet_on_cards, make_checkpoint(tmp_path), timeout=60)
+    assert second[0] == "ValueError" and "on each of 2 cards" in second[1] and " 0 B are free" in second[1]
+    assert first[0] == "RankError" and "Rank 1 failed while asking whether the model fits" in first[1]
+    assert first[2] == second[2] == 0
 
 
 # ---- Who reads what --------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def check_fits(model: str, need: Need, device_type: str, available: dict[str, in
         model (`str`): What to call it.
         need (`Need`): What one rank needs.
         device_type (`str`): Where it computes, `"cuda"` or `"cpu"`.
-        available (`dict[str, int]`): What is free, see `available_bytes`.
+        available (`dict[str, int]`): What is free, see `available_bytes`. A place that is not in it is not asked.
     Raises:
         DoesNotFit: A place has less free memory than loading takes. Says by how much, and what would help.
     """
@@ -104,7 +104,7 @@ def check_fits(model: str, need: Need, device_type: str, available: dict[str, in
         "disk": f"the disk of cpu_offload_dir, for {need.ranks_per_host} ranks,",
     }
     for place, needed in need.peak(device_type).items():
-        if needed > available[place]:
+        if needed > available.get(place, needed):
             said = (
                 f"{model!r} in 4 bits over {need.world_size} ranks needs {format_bytes(needed)} on {owners[place]} "
                 f"while it loads, and {format_bytes(available[place])} are free."

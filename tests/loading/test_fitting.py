@@ -43,6 +43,7 @@ def test_what_fits_to_the_byte_is_let_through():
         check_fits("m", need(), "cuda", enough | {"cuda": enough["cuda"] - 1})
     with pytest.raises(ValueError, match="host"):
         check_fits("m", need(), "cuda", enough | {"host": enough["host"] - 1})
+    check_fits("m", need(), "cuda", {"cuda": enough["cuda"]})  # the host is not asked
 
 
 @pytest.mark.parametrize(
