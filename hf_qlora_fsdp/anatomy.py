@@ -46,6 +46,7 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, **kwargs: obj
     """Build a causal LM whose parameters have shapes but no memory.
 
     Buffers are real: rotary frequencies are computed when the module is built, in float32, and are in no checkpoint.
+    Parameters are not initialised, which would take half of the time and is of no use without memory.
 
     Args:
         config (`PretrainedConfig`): The model's config.
@@ -55,9 +56,10 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, **kwargs: obj
         ValueError: It is no causal LM.
     """
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):

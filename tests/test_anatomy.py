@@ -78,6 +78,16 @@ def test_parameters_have_no_memory_and_buffers_are_real():
     assert torch.equal(inv_freq, dict(real.named_buffers())["model.rotary_emb.inv_freq"])
 
 
+def test_weights_without_memory_are_not_initialised(monkeypatch):
+    initialised = []
+    monkeypatch.setattr(PreTrainedModel, "_init_weights", lambda self, module: initialised.append(module))
+    make_model("llama")
+    assert initialised
+    initialised.clear()
+    build("llama")
+    assert not initialised
+
+
 def test_class_to_wrap_can_be_given():
     model = build("llama")
     assert list(decoder_layers(model, ["LlamaMLP"])) == ["model.layers.0.mlp", "model.layers.1.mlp"]
