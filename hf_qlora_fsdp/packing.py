@@ -39,7 +39,7 @@ import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
 
-from .ranks import log_once
+from .kernels.trial import OtherNumbers, tried
 
 ALIGNMENT = 16
 NESTED_BLOCKSIZE = 256
@@ -273,30 +273,25 @@ def dequantize_in_parts(
     return weight.view(-1)[: part.numel].view(part.shape)
 
 
-@functools.cache
+@tried("4-bit weights are dequantised by three kernels each instead of a fused one.")
 def _find_fused(
     device: torch.device, dtype: torch.dtype, *kind: Any, is_part: bool = False
-) -> Callable[..., torch.Tensor] | None:
-    """Return the fused kernel if it runs on this device and gives the bits of bitsandbytes, which is tried.
+) -> Callable[..., torch.Tensor]:
+    """Return the fused kernel if it gives the bits of bitsandbytes on this device.
 
     For each dtype and kind of layout, and for parts of weights: Triton compiles another kernel for each.
     """
-    try:
-        from .kernels.nested_dequantize import dequantize_packed
+    from .kernels.nested_dequantize import dequantize_packed
 
-        fused = functools.partial(dequantize_packed, nested_blocksize=NESTED_BLOCKSIZE)
-        layout, piece = PackedLayout((96, 70), *kind), (ALL, ALL)
-        if is_part:  # in the second half of each row
-            size = layout.blocksize
-            layout, piece = replace(layout, shape=(300, 2 * size)), (slice(1, 300), slice(size, 2 * size))
-        probe = quantize(torch.linspace(-1, 1, layout.numel, device=device).view(layout.shape), layout, torch.float32)
-        if torch.equal(fused(probe, layout, dtype, *piece), dequantize_in_parts(probe, layout, dtype, *piece)):
-            return fused
-        problem = "its numbers are not those of bitsandbytes on this device"
-    except Exception as error:  # no triton, no C compiler for what it generates, a device it does not know
-        problem = f"{type(error).__name__}: {error}"
-    log_once("4-bit weights are dequantised by three kernels each instead of a fused one. %s", problem)
-    return None
+    fused = functools.partial(dequantize_packed, nested_blocksize=NESTED_BLOCKSIZE)
+    layout, piece = PackedLayout((96, 70), *kind), (ALL, ALL)
+    if is_part:  # in the second half of each row
+        size = layout.blocksize
+        layout, piece = replace(layout, shape=(300, 2 * size)), (slice(1, 300), slice(size, 2 * size))
+    probe = quantize(torch.linspace(-1, 1, layout.numel, device=device).view(layout.shape), layout, torch.float32)
+    if not torch.equal(fused(probe, layout, dtype, *piece), dequantize_in_parts(probe, layout, dtype, *piece)):
+        raise OtherNumbers("Its numbers are not those of bitsandbytes on this device.")
+    return fused
 
 
 @functools.lru_cache

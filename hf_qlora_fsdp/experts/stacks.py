@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
+from ..kernels.trial import OtherNumbers, tried
 from ..packing import NESTED_BLOCKSIZE, PackedLayout, align, dynamic_map, quantize
-from ..ranks import log_once
 
 
 @dataclass(frozen=True)
@@ -157,26 +157,18 @@ def dequantize_pieces_in_parts(
     return blocks.view(count, *piece.shape)
 
 
-@functools.cache
-def _find_fused(device: torch.device, dtype: torch.dtype, *kind: Any) -> Callable[..., torch.Tensor] | None:
-    """Return `dequantize_pieces_fused` if it runs here and gives the bits of bitsandbytes, which is tried.
-
-    For each dtype and kind of layout, as in `packing.py`.
-    """
-    try:
-        layout = StackLayout(PackedLayout((320, 64), *kind), 3)  # more than one nested block, the last of them short
-        stack = torch.zeros(layout.packed_shape(torch.float32), dtype=torch.float32, device=device)
-        for index in range(layout.num_pieces):
-            piece = torch.linspace(-1, index, layout.piece.numel, device=device).view(layout.piece.shape)
-            insert_piece(stack, index, quantize(piece, layout.piece, torch.float32), layout)
-        probe = (stack, 1, 3, layout, dtype)
-        if torch.equal(dequantize_pieces_fused(*probe), dequantize_pieces_in_parts(*probe)):
-            return dequantize_pieces_fused
-        problem = "its numbers are not those of bitsandbytes on this device"
-    except Exception as error:  # no triton, no C compiler for what it generates, a device it does not know
-        problem = f"{type(error).__name__}: {error}"
-    log_once("Experts are dequantised by several kernels a chunk instead of a fused one. %s", problem)
-    return None
+@tried("Experts are dequantised by several kernels a chunk instead of a fused one.")
+def _find_fused(device: torch.device, dtype: torch.dtype, *kind: Any) -> Callable[..., torch.Tensor]:
+    """Return `dequantize_pieces_fused` if it gives the bits of bitsandbytes, for a dtype and kind of layout."""
+    layout = StackLayout(PackedLayout((320, 64), *kind), 3)  # more than one nested block, the last of them short
+    stack = torch.zeros(layout.packed_shape(torch.float32), dtype=torch.float32, device=device)
+    for index in range(layout.num_pieces):
+        piece = torch.linspace(-1, index, layout.piece.numel, device=device).view(layout.piece.shape)
+        insert_piece(stack, index, quantize(piece, layout.piece, torch.float32), layout)
+    probe = (stack, 1, 3, layout, dtype)
+    if not torch.equal(dequantize_pieces_fused(*probe), dequantize_pieces_in_parts(*probe)):
+        raise OtherNumbers("Its numbers are not those of bitsandbytes on this device.")
+    return dequantize_pieces_fused
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

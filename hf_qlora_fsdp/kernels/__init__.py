@@ -8,6 +8,7 @@ At small batches a GPU waits for Python, at large ones for memory. Both want the
 - `lora_group.py`: the same for layers that read one input, which is read once.
 - `swiglu.py`: a gated MLP, which keeps half as much for the backward, and is run again only as far as it has to be.
 - `silu_product.py`: what lies between its products, in one pass over memory; `silu_product_triton.py` has the kernels.
+- `trial.py`: how a kernel is tried on a device before it is used there.
 
 Nothing here knows what a layer of PEFT looks like, or how one is packed.
 """

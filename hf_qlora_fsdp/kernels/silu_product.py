@@ -19,14 +19,13 @@ are their definition, anywhere else.
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..ranks import log_once
+from .trial import OtherNumbers, tried
 
 
 def silu_product(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -81,25 +80,20 @@ def silu_product_gradients_in_parts(
     return dg, dm.mul_(nn.functional.silu(g))
 
 
-@functools.cache
-def _find_kernels(device: torch.device) -> ModuleType | None:
-    """Return the kernels if they run on this device and give torch's numbers there; it is tried here."""
-    try:
-        from . import silu_product_triton as kernels
+@tried("SwiGLU takes several passes over memory instead of one.")
+def _find_kernels(device: torch.device) -> ModuleType:
+    """Return the kernels if they give torch's numbers on this device."""
+    from . import silu_product_triton as kernels
 
-        g = torch.linspace(-20, 20, 3001, device=device)
-        u, dm = g.flip(0), g.roll(1000)
-        mine = kernels.silu_product(g, u), *kernels.silu_product_gradients(dm.clone(), g, u)
-        halves = torch.cat([g, u]).repeat(2, 1).chunk(2, dim=1)
-        if not torch.equal(kernels.silu_product(*halves), mine[0].repeat(2, 1)):
-            raise ValueError("halves of matrices are not multiplied as whole ones are")
-        theirs = silu_product_in_parts(g, u), *silu_product_gradients_in_parts(dm.clone(), g, u)
-        # An exponential, a division and some products, each exact to two units in the last place; dg may cancel.
-        bounds = [16 * torch.finfo(g.dtype).eps * (number.abs() + (dm * u).abs()) for number in theirs]
-        if all(((a - b).abs() <= bound).all() for a, b, bound in zip(mine, theirs, bounds, strict=True)):
-            return kernels
-        problem = "its numbers are not those of torch on this device"
-    except Exception as error:  # no triton, no C compiler for what it generates, a device it does not know
-        problem = f"{type(error).__name__}: {error}"
-    log_once("SwiGLU takes several passes over memory instead of one. %s", problem)
-    return None
+    g = torch.linspace(-20, 20, 3001, device=device)
+    u, dm = g.flip(0), g.roll(1000)
+    mine = kernels.silu_product(g, u), *kernels.silu_product_gradients(dm.clone(), g, u)
+    halves = torch.cat([g, u]).repeat(2, 1).chunk(2, dim=1)
+    if not torch.equal(kernels.silu_product(*halves), mine[0].repeat(2, 1)):
+        raise OtherNumbers("Halves of matrices are not multiplied as whole ones are.")
+    theirs = silu_product_in_parts(g, u), *silu_product_gradients_in_parts(dm.clone(), g, u)
+    # An exponential, a division and some products, each exact to two units in the last place; dg may cancel.
+    bounds = [16 * torch.finfo(g.dtype).eps * (number.abs() + (dm * u).abs()) for number in theirs]
+    if not all(((a - b).abs() <= bound).all() for a, b, bound in zip(mine, theirs, bounds, strict=True)):
+        raise OtherNumbers("Its numbers are not those of torch on this device.")
+    return kernels

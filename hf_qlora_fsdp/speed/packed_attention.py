@@ -17,10 +17,10 @@ to it (windows, soft caps, sinks), or is not told the lengths, keep the mask, wi
 from __future__ import annotations
 
 import dis
-import functools
 import inspect
 import itertools
 import re
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ..kernels.trial import OtherNumbers, tried
 from ..ranks import log_once
 
 NAME = "sdpa_packed"
@@ -174,8 +175,8 @@ def attend(
         )
     assert query.shape[0] == 1, "packed sequences lie in one row"
     heads, head_dims = (query.shape[1], key.shape[1]), (query.shape[3], value.shape[3])
-    if query.is_cuda and can_use_varlen(query.device, query.dtype, *heads, *head_dims):
-        return _attend_varlen(query, key, value, cu_seq_lens_q, int(max_length_q or 0), dropout, scaling)[None], None
+    if query.is_cuda and (attend_varlen := find_varlen(query.device, query.dtype, *heads, *head_dims)):
+        return attend_varlen(query, key, value, cu_seq_lens_q, dropout, scaling, int(max_length_q or 0))[None], None
     return _attend_in_turn(query, key, value, cu_seq_lens_q, dropout, scaling)[None], None
 
 
@@ -184,9 +185,9 @@ def _attend_varlen(
     key: torch.Tensor,
     value: torch.Tensor,
     starts: torch.Tensor,
-    longest: int,
     dropout: float,
     scaling: float | None,
+    longest: int = 0,
 ) -> torch.Tensor:
     """Return `[S, heads, D]` by the flash-attention kernel of torch."""
     longest = longest or int(starts.diff().max())
@@ -216,47 +217,34 @@ def _attend_in_turn(
     return torch.cat(pieces)
 
 
-@functools.cache
-def can_use_varlen(
+@tried("Packed sequences attend one at a time instead of in one kernel.")
+def find_varlen(
     device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
-) -> bool:
-    """Return whether the kernel runs on this device and agrees with SDPA, output and gradients; it is tried here.
+) -> Callable[..., torch.Tensor]:
+    """Return the kernel if it agrees with SDPA on this device, output and gradients.
 
-    That is in the first forward that needs it: within a layer, and within what is around one. Gradient checkpointing
-    counts what is saved there, and runs the layer again when something is asked for; what the trial saves is not its
-    business (the innermost hooks alone see it). Nor is it that of inference mode, or of autocast.
+    It is tried in the first forward that needs it: within a layer, and within what is around one. Gradient
+    checkpointing counts what is saved there, and runs the layer again when something is asked for; what the trial saves
+    is not its business (the innermost hooks alone see it). Nor is it that of inference mode, or of autocast.
     """
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-            saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
-        ):
-            generator = torch.Generator(device).manual_seed(0)
-            query, key, value, grad = (
-                torch.randn(1, heads, 24, size, device=device, dtype=dtype, generator=generator)
-                for heads, size in (
-                    (num_heads, head_dim),
-                    (num_kv_heads, head_dim),
-                    (num_kv_heads, value_dim),
-                    (num_heads, value_dim),
-                )
-            )
-            starts = torch.tensor([0, 7, 8, 24], dtype=torch.int32, device=device)
-            results = []
-            for is_varlen in (True, False):
-                q, k, v = inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-                if is_varlen:
-                    out = _attend_varlen(q, k, v, starts, 16, 0.0, None)
-                else:
-                    out = _attend_in_turn(q, k, v, starts, 0.0, None)
-                results.append([out.detach(), *torch.autograd.grad(out, inputs, grad[0].transpose(0, 1))])
-        apart = max(float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True))
-        if apart <= _MOST_APART:
-            return True
-        problem = f"its results are {apart:.2g} off"
-    except Exception as error:  # a dtype, a head size or a device that it does not know
-        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-    log_once("Packed sequences attend one at a time instead of in one kernel. %s", problem)
-    return False
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+    ):
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = ((num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, value_dim), (num_heads, value_dim))
+        query, key, value, grad = (
+            torch.randn(1, heads, 24, size, device=device, dtype=dtype, generator=generator) for heads, size in shapes
+        )
+        starts = torch.tensor([0, 7, 8, 24], dtype=torch.int32, device=device)
+        results = []
+        for compute in (_attend_varlen, _attend_in_turn):
+            q, k, v = inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+            out = compute(q, k, v, starts, 0.0, None)
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, grad[0].transpose(0, 1))])
+    apart = max(float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True))
+    if not apart <= _MOST_APART:
+        raise OtherNumbers(f"Its results are {apart:.2g} off.")
+    return _attend_varlen

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from hf_qlora_fsdp.speed import packed_attention
-from hf_qlora_fsdp.speed.packed_attention import NAME, attend, can_use_varlen, use_packed_attention
+from hf_qlora_fsdp.speed.packed_attention import NAME, attend, find_varlen, use_packed_attention
 from tests import training
 from tests.distributed import RankPool
 from tests.tiny import draw_parameters, make_checkpoint, make_model
@@ -182,16 +182,13 @@ def test_the_trainer_uses_it(ranks: RankPool, tmp_path: Any) -> None:
 @pytest.mark.parametrize("around", ["checkpointing", "inference mode"])
 def test_the_kernel_is_tried_without_regard_to_what_is_around(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried in the first forward of a layer. The kernel itself is for GPUs alone, so SDPA stands in for it."""
-    in_turn = packed_attention._attend_in_turn
-    monkeypatch.setattr(
-        packed_attention, "_attend_varlen", lambda q, k, v, starts, longest, *rest: in_turn(q, k, v, starts, *rest)
-    )
-    can_use_varlen.cache_clear()
-    said: list[bool] = []
+    monkeypatch.setattr(packed_attention, "_attend_varlen", packed_attention._attend_in_turn)
+    find_varlen.cache_clear()
+    said: list[Any] = []
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         h = x.exp()
-        said.append(can_use_varlen(torch.device("cpu"), torch.float32, 4, 2, 8, 16))
+        said.append(find_varlen(torch.device("cpu"), torch.float32, 4, 2, 8, 16))
         return h.exp()
 
     x = torch.ones(3, requires_grad=True)
@@ -201,7 +198,7 @@ def test_the_kernel_is_tried_without_regard_to_what_is_around(around: str, monke
     else:
         with torch.inference_mode():
             layer(x)
-    can_use_varlen.cache_clear()
+    find_varlen.cache_clear()
     assert said and all(said)
 
 
@@ -211,7 +208,7 @@ def test_the_kernel_is_tried_without_regard_to_what_is_around(around: str, monke
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_the_kernel_for_lengths(num_kv_heads: int) -> None:
-    assert can_use_varlen(torch.device("cuda", 0), torch.bfloat16, 4, num_kv_heads, 64, 64)
+    assert find_varlen(torch.device("cuda", 0), torch.bfloat16, 4, num_kv_heads, 64, 64)
     generator = torch.Generator("cuda").manual_seed(0)
     starts = torch.tensor([0, 300, 301, 512], dtype=torch.int32, device="cuda")
     shapes = [(1, heads, 512, 64) for heads in (4, num_kv_heads, num_kv_heads)]
@@ -239,7 +236,7 @@ def test_the_kernel_is_found_and_used_in_layers_that_are_computed_twice(monkeypa
     used: list[int] = []
     kernel = packed_attention._attend_varlen
     monkeypatch.setattr(packed_attention, "_attend_varlen", lambda *args: used.append(1) or kernel(*args))
-    can_use_varlen.cache_clear()
+    find_varlen.cache_clear()
     model = make_model("llama", dtype=torch.bfloat16).cuda().train()
     assert use_packed_attention(model)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
