@@ -46,6 +46,8 @@ from .settling import (
 from .translation import Translation, refuse_unsupported, translate_environment, translate_fsdp
 from .units import format_dtype
 
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
 
 @dataclass
 class QLoRAFSDPConfig(SFTConfig):
@@ -234,6 +236,11 @@ class QLoRAFSDPConfig(SFTConfig):
             bnb_4bit_compute_dtype=self.compute_dtype,
             bnb_4bit_quant_storage=self.storage_dtype,
         )
+
+    def hub_options(self) -> dict[str, Any]:
+        """Return where `model_init_kwargs` says that the model is to be found; its tokenizer is there, too."""
+        options: dict[str, Any] = dict(self.model_init_kwargs or {})  # type: ignore[arg-type]  # a dict by now
+        return {name: options[name] for name in _HUB_OPTIONS if name in options}
 
     def mp_policy(self) -> MixedPrecisionPolicy:
         """Return the mixed-precision policy: gradients are reduced in float32, and losses are not rounded."""

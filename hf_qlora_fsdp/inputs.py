@@ -26,7 +26,6 @@ from .sharding_policy import ShardingPolicy
 from .units import format_dtype, parse_bytes
 
 _TEXT_COLUMNS = ("input_ids", "messages", "prompt", "image", "images")
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any, args: QLoRAFSDPConfig, formatting_func: Any = None) -> None:
@@ -103,15 +102,13 @@ def read_policy(args: QLoRAFSDPConfig) -> ShardingPolicy:
 
 def load_processing_class(model: Any, args: QLoRAFSDPConfig) -> Any:
     """Load the tokenizer of the same revision as the model; TRL would take the newest once it is given a module."""
-    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # a dict by now
-    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
     name = model if isinstance(model, str) else base_model(model).config.name_or_path
     if not name:
         raise ValueError(
             f"The {type(base_model(model)).__name__} passed as model does not know its name, so its tokenizer cannot "
             "be found. Pass processing_class."
         )
-    return AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code, **hub)
+    return AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code, **args.hub_options())
 
 
 def read_model_options(args: QLoRAFSDPConfig, quantization: BitsAndBytesConfig | None) -> dict[str, Any]:

@@ -35,7 +35,6 @@ _NOT_COUNTED = {
     "cpu_offload_trainable": (True, "a plan counts what is trained on the card, and it would lie on the host"),
 }
 """Options that change what a run takes in a way that no plan knows, each with the value that does."""
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 def apply_plan(args: Any, model: Any, peft_config: Any = None, quantization: Any = None) -> None:
@@ -82,7 +81,6 @@ def make_plan(args: Any, model: str, peft_config: Any, quantization: Any) -> Pla
     """Plan a run on this machine. A collective."""
     on_gpu = not args.use_cpu
     device_bytes, host_bytes = find_memory(on_gpu)
-    options = dict(args.model_init_kwargs or {})
     explicit = not _is_default(args, "per_device_train_batch_size")
     return plan(
         model,
@@ -101,7 +99,7 @@ def make_plan(args: Any, model: str, peft_config: Any, quantization: Any) -> Pla
         quantization_config=quantization or args.quantization_config(),
         trust_remote_code=args.trust_remote_code,
         fixed=find_fixed(args, on_gpu),
-        **{name: options[name] for name in _HUB_OPTIONS if name in options},
+        **args.hub_options(),
     )
 
 
