@@ -33,9 +33,9 @@ def tried(instead: str) -> Callable[[Callable[..., Kernel]], functools._lru_cach
     def decorate(find: Callable[..., Kernel]) -> functools._lru_cache_wrapper[Kernel | None]:
         @functools.cache
         @functools.wraps(find)
-        def find_or_say(*args: object) -> Kernel | None:
+        def find_or_say(*args: object, **kwargs: object) -> Kernel | None:
             try:
-                return find(*args)
+                return find(*args, **kwargs)
             except Exception as error:  # no triton, no C compiler for what it generates, a device it does not know
                 kind = "" if isinstance(error, OtherNumbers) else f"{type(error).__name__}: "
                 log_once("%s %s%s", instead, kind, " ".join(str(error).split())[:500])

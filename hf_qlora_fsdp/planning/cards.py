@@ -19,14 +19,16 @@ from dataclasses import dataclass
 MIB, GB, TFLOPS = 1 << 20, 10**9, 10**12
 
 CONTEXT_BYTES = 540 * MIB
-"""The CUDA context. Measured: `planner 1b-b4: outside` before anything ran, H100, torch 2.11."""
+"""The CUDA context. Measured on an H100, torch 2.11: what is in use before anything ran."""
 FIRST_USE_BYTES = 240 * MIB
-"""Code of kernels, once each has run. Measured: `planner 1b-b4-alone: outside the allocator` less the context."""
+"""Code of kernels, once each has run. Measured there, on one card: what is in use at the end, less the context."""
 NCCL_BYTES = 840 * MIB
-"""NCCL's buffers where ranks share weights. Measured: `planner 8b-b2: outside the allocator` less both of the above."""
+"""NCCL's buffers where ranks share weights. Measured there, on two: what is in use, less both of the above. The sum of
+the three is 1.58 GiB; `planner ...: outside the allocator` in `benchmarks/results.csv`, of two H200, 1.58 to 1.59."""
 HOLES = 0.05
-"""Of what is allocated, how much more the allocator must hold for the sizes to find room. What
-`checkpoint_layers="auto"` leaves free, too; a card that is not full holds more, and gives it back when it has to."""
+"""Of what is allocated, how much more the allocator must hold for the sizes to find room: on a card that is full. One
+that is not holds more, and gives it back when it has to. Measured: 70B in 23 GiB, `benchmarks/LOG.md`, holds 21.5 GiB
+for 20.4. Not what `checkpoint_layers="auto"` leaves free (`speed/activation_room.LEFT_FREE`), which is a choice."""
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from ..planning.cards import FIRST_USE_BYTES
 from ..units import format_bytes
-
-FIRST_USE_BYTES = 256 << 20
-"""Code of kernels, mostly, until each has run once. Measured on an H100: 0.2 GiB."""
 
 LATER_BYTES = 16 << 20
 """What still comes once each kernel has run. Measured in five steps of a 70B model: 0.9 MiB."""
+
+FIRST_STEP_BYTES = FIRST_USE_BYTES + LATER_BYTES
+"""What is kept free until each kernel has run once: what a plan counts for their code, and what still comes later."""
 
 
 class MemoryCap:
@@ -55,7 +56,7 @@ class MemoryCap:
                 f"{given} is less than the {format_bytes(self.outside_bytes)} that CUDA, NCCL and other programs take "
                 "of this card before anything is loaded. Give more, and have the card to yourself."
             )
-        self.settle(FIRST_USE_BYTES)
+        self.settle(FIRST_STEP_BYTES)
 
     def settle(self, expected_bytes: int = LATER_BYTES) -> None:
         """Measure anew what lies outside of the allocator, and leave the allocator the rest.

@@ -26,7 +26,7 @@ from ..speed.matmul_share import count_multiplications, measure_matmul_rate
 from ..summary import count_parameters
 from ..trainer import QLoRAFSDPTrainer
 from ..units import parse_bytes
-from .memory_cap import FIRST_USE_BYTES, LATER_BYTES, MemoryCap
+from .memory_cap import FIRST_STEP_BYTES, LATER_BYTES, MemoryCap
 from .shortage import describe_refusal, describe_shortage, is_out_of_memory
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
@@ -91,7 +91,7 @@ class Rehearsal:
         self.trace.begin(phase)
         self.retries_before = self._count_retries()
         if self.cap is not None:
-            self.cap.settle(LATER_BYTES if phase == "steady" else FIRST_USE_BYTES)
+            self.cap.settle(LATER_BYTES if phase == "steady" else FIRST_STEP_BYTES)
 
     def describe_failure(self, error: Exception) -> dict[str, Any] | None:
         """Return a failure as an outcome, if it is one that a rehearsal is there to find."""

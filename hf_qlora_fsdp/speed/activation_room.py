@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from ..host import free_memory_bytes
 from ..ranks import local_world_size
 
-MARGIN = 0.05
-"""Of the memory that may be used, what stays free: for fragments, and for what one batch takes more than another."""
+LEFT_FREE = 0.05
+"""Of the memory that may be used, what no layer is given: for what one batch takes more than another, and for new holes
+between tensors. Chosen, not measured: the holes of a step without kept layers are in what is measured of it."""
 
 
 def count_kept(num_layers: int, room_bytes: int, saved_bytes: int) -> int:
@@ -44,7 +45,7 @@ class Room:
     """What a step may take, and what one took.
 
     Args:
-        allowed_bytes (`int`): What may be used, less the margin.
+        allowed_bytes (`int`): What may be used, less what is left free.
         peak_bytes (`int`): What the first step took of it.
     """
 
@@ -63,11 +64,11 @@ def find_room(device: torch.device) -> Room:
     On a host: of what is free now, each rank its share; what the step took is not known there, and not in it.
     """
     if device.type != "cuda":
-        return Room(int(free_memory_bytes(with_swap=False) * (1 - MARGIN)) // local_world_size(), 0)
+        return Room(int(free_memory_bytes(with_swap=False) * (1 - LEFT_FREE)) // local_world_size(), 0)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     fraction = torch.cuda.memory.get_per_process_memory_fraction(device)
     allowed_bytes = min(int(fraction * total_bytes), free_bytes + torch.cuda.memory_reserved(device))
-    return Room(int(allowed_bytes * (1 - MARGIN)), torch.cuda.max_memory_reserved(device))
+    return Room(int(allowed_bytes * (1 - LEFT_FREE)), torch.cuda.max_memory_reserved(device))
 
 
 @contextlib.contextmanager
