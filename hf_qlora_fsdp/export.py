@@ -55,14 +55,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical_name(name): value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def gather_trainable(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gather the trainable tensors to the host of rank 0. A collective; the other ranks get an empty dict."""
-    return dict(_gather(trainable_parameters(model).items()))
+def check_exportable(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Check that PEFT would write every tensor that is trained. Costs little: only names are asked for.
 
-
-def check_exportable(model: PeftModel) -> None:
-    """Check that PEFT would write every tensor that is trained. Costs nothing: only names are asked for.
-
+    Returns:
+        `dict[str, nn.Parameter]`: The trainable parameters by their canonical names, found in the one walk through the
+        model that is needed.
     Raises:
         EmptyAdapterError: Nothing is trainable, or some trainable tensor would be missing from the files.
     """
@@ -79,13 +77,14 @@ def check_exportable(model: PeftModel) -> None:
             "gradients and every rank trains an adapter of its own. Give peft_config to load_quantized_model instead "
             "of calling get_peft_model afterwards."
         )
-    written = sum(len(_adapter_names(model, name)) for name in trained_adapters(model))
+    written = sum(len(_stored_names(model, trained, name)) for name in trained_adapters(model, trained))
     if written != len(trained):
         raise EmptyAdapterError(
             f"{len(trained)} tensors are trained, but PEFT would write {written} of them: it does not recognise names "
             f"such as {next(name for name, p in model.named_parameters() if p.requires_grad)!r}. Remove the wrapper "
             "that renames the modules; gradient_checkpointing=True needs none."
         )
+    return trained
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
@@ -97,19 +96,20 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     Raises:
         EmptyAdapterError: Nothing is trainable, or a trained tensor would be missing from the files.
     """
-    check_exportable(model)
-    state = gather_trainable(model)
+    trained = check_exportable(model)
+    adapters = trained_adapters(model, trained)
+    state = dict(_gather(trained.items()))
     with fail_together(f"saving the adapter to {folder}"):
         if rank() == 0:
             type(model).save_pretrained(  # not the instance's, which the trainer binds to this function
                 model,
                 str(folder),
                 state_dict=state,
-                selected_adapters=trained_adapters(model),
+                selected_adapters=adapters,
                 save_embedding_layers=False,
             )
             quantization = describe_quantization(model)
-            for name in trained_adapters(model) if quantization else ():
+            for name in adapters if quantization else ():
                 write_quantization(_adapter_folder(folder, name), quantization)
 
 
@@ -161,7 +161,7 @@ def load_adapter(model: PeftModel, folder: str | os.PathLike[str], adapter_name:
                 "the folder of a checkpoint that this trainer or PEFT has written."
             )
         stored = load_peft_weights(str(folder), device="cpu")
-        targets = _adapter_names(model, adapter_name)
+        targets = _stored_names(model, trainable_parameters(model), adapter_name)
         if set(stored) != set(targets):
             lacking, foreign = sorted(set(targets) - set(stored)), sorted(set(stored) - set(targets))
             raise ValueError(
@@ -260,18 +260,17 @@ def _cut_like(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def trained_adapters(model: PeftModel) -> list[str]:
-    """Return the names of the adapters that have trainable parameters."""
-    parts = {part for name in trainable_parameters(model) for part in name.split(".")}
+def trained_adapters(model: PeftModel, trained: dict[str, nn.Parameter] | None = None) -> list[str]:
+    """Return the names of the adapters that have trainable parameters: these, where they have been found already."""
+    parts = {part for name in trained or trainable_parameters(model) for part in name.split(".")}
     return [name for name in model.peft_config if name in parts]
 
 
-def _adapter_names(model: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by the names that PEFT stores them under."""
-    parameters = trainable_parameters(model)
+def _stored_names(model: PeftModel, trained: dict[str, nn.Parameter], adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return those of the trainable parameters that belong to an adapter, by the names that PEFT stores them under."""
     # PEFT maps names by walking a state dict; tensors that carry their own name tell where each one went.
-    tags = {name: torch.tensor(index) for index, name in enumerate(parameters)}
-    by_tag = list(parameters.values())
+    tags = {name: torch.tensor(index) for index, name in enumerate(trained)}
+    by_tag = list(trained.values())
     stored = get_peft_model_state_dict(model, state_dict=tags, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: by_tag[int(tag)] for name, tag in stored.items()}
 
