@@ -107,24 +107,14 @@ def merge_adapter(
     written_dtype, computed = _parse_dtype("dtype", dtype), _parse_dtype("compute_dtype", compute_dtype)
     delta = Adapter(str(adapter), **{name: hub[name] for name in ADAPTER_HUB if name in hub})
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **hub)
-    said: dict[str, Any] = {"quant_type": quant_type, "double_quant": double_quant, "skip_modules": skip_modules}
-    said["compute_dtype"] = _as_json(computed)
+    said = {"quant_type": quant_type, "double_quant": double_quant, "skip_modules": skip_modules}
     sources = {
         f"{QUANTIZATION_FILE} in {delta.source!r}": delta.quantization,
         f"config.json of {base!r}": read_stored_quantization(config),
     }
     trained = base_weights == "trained"
-    settled = settle(said, sources, trained)
-    skipped = settled["skip_modules"]
-    options = MergeOptions(
-        trained=trained,
-        dtype=written_dtype,
-        save_4bit=save_4bit,
-        quant_type=settled["quant_type"],
-        double_quant=settled["double_quant"],
-        skip_modules=None if skipped is None else tuple(skipped),
-        compute_dtype=_parse_dtype("compute_dtype", settled["compute_dtype"]) or torch.bfloat16,
-    )
+    quantized = _settle_quantization(said | {"compute_dtype": _as_json(computed)}, sources, trained)
+    options = MergeOptions(trained=trained, dtype=written_dtype, save_4bit=save_4bit, **quantized)
     config_file, files = str(cached_file(base, "config.json", **hub)), find_weights(base, **hub)
     plan = MergePlan(config, Weights(files), delta, options, trust_remote_code)
     identity = {
@@ -138,6 +128,16 @@ def merge_adapter(
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     folder.complete(_output_config(json.loads(Path(config_file).read_text()), plan), versions)
     return folder.path
+
+
+def _settle_quantization(said: dict[str, Any], sources: dict[str, dict[str, Any]], trained: bool) -> dict[str, Any]:
+    """Return how the base is quantised, by the names in `MergeOptions`, see `quantization.settle`."""
+    settled = settle(said, sources, trained)
+    skipped, computed = settled["skip_modules"], settled["compute_dtype"]
+    return settled | {
+        "skip_modules": None if skipped is None else tuple(skipped),
+        "compute_dtype": _parse_dtype("compute_dtype", computed) or torch.bfloat16,
+    }
 
 
 class _Stream:

@@ -181,7 +181,7 @@ def find_peaks(weight: ModelWeight, settings: Settings, compute_capability: int 
     workspaces = NUM_WORKSPACES * WORKSPACE_BYTES.get(compute_capability, OTHER_WORKSPACE_BYTES)
     held = resident(weight, settings)
     held["workspaces"] = workspaces
-    *others, last = _step(weight, settings, held)
+    *others, last = _Step(weight, settings, held).moments()
     most = max(others, key=_total)
     # In the first step the optimizer has no states until all gradients are there.
     without = Counter({cause: size for cause, size in held.items() if cause != "optimizer"})
@@ -215,66 +215,99 @@ def _named(sizes: Counter[str]) -> Counter[str]:
     return Counter({_SHARDS[kind]: size for kind, size in sizes.items()})
 
 
-def _step(weight: ModelWeight, settings: Settings, held: Counter[str]) -> Iterator[Moment]:
-    """Yield the moments of a step, the optimizer's last, each with what is held all the time as its first part."""
-    ranks, tokens, itemsize = settings.num_ranks, settings.tokens, weight.param_dtype.itemsize
-    again = settings.recomputed(len(weight.layers))
-    layers = [(layer, _try(weight, layer.kind, settings, index < again)) for index, layer in enumerate(weight.layers)]
-    embedding, head = _ends(weight)
-    tied = head is None
-    stays = (
-        embedding.parts.gathered(ranks) if embedding and tied else 0
-    )  # gathered from the embedding to the step's end
-    offloaded = settings.offloaded(weight)
+class _Step:
+    """One step, moment by moment.
 
-    def copies(unit: UnitWeight) -> int:
-        return 2 if ranks > 1 or unit.unit.name in offloaded else 1
+    Args:
+        weight (`ModelWeight`), settings (`Settings`): The run.
+        held (`Counter[str]`): What is held all the time, the first part of each moment.
+    """
 
-    hidden = tokens * weight.config.get_text_config().hidden_size
-    # Where layers keep their inputs on the card, the first of these is it.
-    leaf = hidden * itemsize if settings.activation_offloading else 0
-    if embedding:
-        yield _moment("embedding", held, {"gathered units": copies(embedding) * embedding.parts.gathered(ranks)})
-    kept = 0
-    for index, (layer, trial) in enumerate(layers):
-        lower = min(kept, (STASH - 1) * trial.kept + leaf) if settings.activation_offloading else kept + leaf
-        for name, count, computing in (("gathering", copies(layer), {}), ("layer", 1, trial.forward)):
-            sizes = {"gathered units": stays + count * layer.parts.gathered(ranks), "kept activations": lower}
-            yield _moment(f"{name} {index}", held, sizes, computing)
-        kept += trial.kept
-    if settings.activation_offloading:
-        kept = min(kept, STASH_AT_LOSS * max(trial.kept for _, trial in layers))
+    def __init__(self, weight: ModelWeight, settings: Settings, held: Counter[str]) -> None:
+        self.weight, self.settings, self.held = weight, settings, held
+        self.ranks, self.itemsize = settings.num_ranks, weight.param_dtype.itemsize
+        again = settings.recomputed(len(weight.layers))
+        self.layers = [
+            (layer, _try(weight, layer.kind, settings, index < again)) for index, layer in enumerate(weight.layers)
+        ]
+        self.embedding, self.head = _ends(weight)
+        # An embedding that is the head, too, is gathered until the step's end.
+        self.stays = self.embedding.parts.gathered(self.ranks) if self.embedding and not self.head else 0
+        self.offloaded = settings.offloaded(weight)
+        self.hidden = settings.tokens * weight.config.get_text_config().hidden_size
+        # Where layers keep their inputs on the card, the first of these is it.
+        self.leaf = self.hidden * self.itemsize if settings.activation_offloading else 0
 
-    norm = try_norm(weight, batch=settings.batch, seq=settings.seq, use_liger_kernel=settings.use_liger_kernel)
-    tile = min(tokens, TILE_TOKENS) * TILE_WORDS * itemsize
-    whole = head.parts.gathered(ranks) if head else stays
-    gathered = copies(head) * whole if head else whole
-    yield _moment("gathering head", held, {"gathered units": gathered, "kept activations": kept + leaf})
-    around = {"kept activations": kept + leaf + norm.kept}
-    # The norm's output, and of it the rows that count.
-    forward = {"gathered units": whole, "loss": tile + 2 * hidden * itemsize}
-    yield _moment("loss", held, forward | around)
-    # These rows again, their gradient in float32, and that cast to their dtype.
-    end = head or embedding
-    trained = end.parts.trained_numel(1) * (4 + itemsize) if end else 0  # a head that is trained whole
-    backward = {"gathered units": whole, "loss": tile + hidden * (4 + 2 * itemsize), "gradients": trained}
-    yield _moment("loss, backward", held, backward | around)
+    def moments(self) -> Iterator[Moment]:
+        """Yield the moments, the optimizer's last."""
+        yield from self._forward()
+        yield from self._loss()
+        yield from self._backward()
+        gradients = sum(_gradients(self.weight, self.ranks))
+        yield self._moment("optimizer", {"gathered units": self.stays, "gradients": gradients})
 
-    # An embedding that is only looked up in is not gathered again (`sharding.shard_unit`).
-    trained_end = embedding if embedding and not tied and embedding.parts.trained_numel(1) else None
-    reduced = previous = 0
-    below = [0 if settings.activation_offloading else total for total in accumulate(trial.kept for _, trial in layers)]
-    for index, (layer, trial) in reversed(list(enumerate(layers))):
-        kept = leaf + (below[index - 1] if index else 0)
-        ahead = layers[index - 1][0] if index else trained_end
-        gathered = stays + layer.parts.gathered(ranks) + (ahead.parts.gathered(ranks) if ahead and ranks > 1 else 0)
-        sizes = {"gathered units": gathered, "kept activations": kept, "gradients": reduced + previous}
-        yield _moment(f"layer {index}, backward", held, sizes, trial.backward)
-        previous = 4 * layer.parts.trained_numel(
-            ranks
-        )  # the whole gradient in float32, until the next unit has its own
-        reduced += previous // ranks
-    yield _moment("optimizer", held, {"gathered units": stays, "gradients": sum(_gradients(weight, ranks))})
+    def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
+        return Moment(name, (self.held, *parts))
+
+    def _copied(self, unit: UnitWeight) -> int:
+        """Return what a unit takes while it is gathered: itself, and what it is copied out of."""
+        copies = 2 if self.ranks > 1 or unit.unit.name in self.offloaded else 1
+        return copies * unit.parts.gathered(self.ranks)
+
+    def _forward(self) -> Iterator[Moment]:
+        if self.embedding:
+            yield self._moment("embedding", {"gathered units": self._copied(self.embedding)})
+        kept = 0
+        for index, (layer, trial) in enumerate(self.layers):
+            lower = kept + self.leaf
+            if self.settings.activation_offloading:
+                lower = min(kept, (STASH - 1) * trial.kept + self.leaf)
+            whole = layer.parts.gathered(self.ranks)
+            for name, gathered, computing in (
+                ("gathering", self._copied(layer), {}),
+                ("layer", whole, trial.forward),
+            ):
+                sizes = {"gathered units": self.stays + gathered, "kept activations": lower}
+                yield self._moment(f"{name} {index}", sizes, computing)
+            kept += trial.kept
+
+    def _loss(self) -> Iterator[Moment]:
+        settings, head = self.settings, self.head
+        kept = self.leaf + sum(trial.kept for _, trial in self.layers)
+        if settings.activation_offloading:
+            kept = self.leaf + min(kept - self.leaf, STASH_AT_LOSS * max(trial.kept for _, trial in self.layers))
+        norm = try_norm(self.weight, batch=settings.batch, seq=settings.seq, use_liger_kernel=settings.use_liger_kernel)
+        tile = min(settings.tokens, TILE_TOKENS) * TILE_WORDS * self.itemsize
+        whole = head.parts.gathered(self.ranks) if head else self.stays
+        gathered = self._copied(head) if head else whole
+        yield self._moment("gathering head", {"gathered units": gathered, "kept activations": kept})
+        around = {"kept activations": kept + norm.kept}
+        # The norm's output, and of it the rows that count.
+        forward = {"gathered units": whole, "loss": tile + 2 * self.hidden * self.itemsize}
+        yield self._moment("loss", forward | around)
+        # These rows again, their gradient in float32, and that cast to their dtype.
+        backward = {"gathered units": whole, "loss": tile + self.hidden * (4 + 2 * self.itemsize)}
+        end = head or self.embedding
+        trained = end.parts.trained_numel(1) * (4 + self.itemsize) if end else 0  # a head that is trained whole
+        yield self._moment("loss, backward", backward | {"gradients": trained} | around)
+
+    def _backward(self) -> Iterator[Moment]:
+        offloading, layers = self.settings.activation_offloading, self.layers
+        # An embedding that is only looked up in is not gathered again (`sharding.shard_unit`).
+        is_last = self.embedding and self.head and self.embedding.parts.trained_numel(1)
+        last = self.embedding if is_last else None
+        below = [0 if offloading else total for total in accumulate(trial.kept for _, trial in layers)]
+        reduced = previous = 0
+        for index, (layer, trial) in reversed(list(enumerate(layers))):
+            kept = self.leaf + (below[index - 1] if index else 0)
+            ahead = layers[index - 1][0] if index else last
+            gathered = self.stays + layer.parts.gathered(self.ranks)
+            gathered += ahead.parts.gathered(self.ranks) if ahead and self.ranks > 1 else 0
+            sizes = {"gathered units": gathered, "kept activations": kept, "gradients": reduced + previous}
+            yield self._moment(f"layer {index}, backward", sizes, trial.backward)
+            # The whole gradient in float32 stays until the next unit has its own.
+            previous = 4 * layer.parts.trained_numel(self.ranks)
+            reduced += previous // self.ranks
 
 
 def _gradients(weight: ModelWeight, ranks: int) -> Iterator[int]:
@@ -290,7 +323,8 @@ def _load(weight: ModelWeight, settings: Settings) -> Iterator[Moment]:
     for unit in [*sorted(units, key=lambda unit: -unit.parts.final_bytes), *rest]:
         whole = unit.parts.final_bytes + 4 * unit.parts.trained_numel(1)
         shards = _resident_of(unit, settings, offloaded)
-        yield _moment(f"loading {unit.unit.name}", held, {"loading": whole + max(unit.transient_bytes, shards.total())})
+        loading = {"loading": whole + max(unit.transient_bytes, shards.total())}
+        yield Moment(f"loading {unit.unit.name}", (held, loading))
         held = held + _named(shards)
 
 
@@ -311,7 +345,3 @@ def _ends(weight: ModelWeight) -> tuple[UnitWeight | None, UnitWeight | None]:
     others = [unit for unit in weight.units if not unit.unit.is_decoder_layer and unit.unit.name]
     embedding = others[0] if others else None
     return embedding, others[-1] if len(others) > 1 else None
-
-
-def _moment(name: str, *parts: Mapping[str, int]) -> Moment:
-    return Moment(name, parts)

@@ -201,18 +201,27 @@ def plan(
     check_names(fixed or {})
     start = replace(start, **(fixed or {}))
     batches = find_batches(machine.num_gpus, batch, target_batch)
-    search = Search(weight, machine, fixed or {})
+    name = model if isinstance(model, str) else model.name_or_path or model.model_type
+    answer = Plan(name, weight, machine, lora_r, target_modules, *_choose(start, batches, weight, machine, fixed or {}))
+    answer.assumptions = _list_assumptions(answer, card)
+    return answer
+
+
+def _choose(
+    start: Settings,
+    batches: list[tuple[int, int]],
+    weight: ModelWeight,
+    machine: Machine,
+    fixed: dict[str, Any],
+) -> tuple[Candidate, list[Candidate], list[Change]]:
+    """Return the fastest settings that fit, all others, each with its reason, and, if none fits, what would help."""
+    search = Search(weight, machine, fixed)
     tried = search.run(start, batches)
     fitting = [candidate for candidate in tried if not candidate.obstacles]
     fast = find_fast(fitting) if fitting else []
     chosen = fast[0] if fast else find_nearest(tried, machine)
-    name = model if isinstance(model, str) else model.name_or_path or model.model_type
     rejected = [explain(candidate, chosen, candidate in fast) for candidate in tried if candidate is not chosen]
-    answer = Plan(name, weight, machine, lora_r, target_modules, chosen, rejected)
-    if not fitting:
-        answer.changes = search.find_changes(start, batches, tried)
-    answer.assumptions = _list_assumptions(answer, card)
-    return answer
+    return chosen, rejected, [] if fitting else search.find_changes(start, batches, tried)
 
 
 def find_batches(num_gpus: int, batch: int | None, target_batch: int | None) -> list[tuple[int, int]]:

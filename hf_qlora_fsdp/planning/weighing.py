@@ -191,39 +191,60 @@ def weigh_model(
     base.config.quantization_config = quantization
     plans = plan_units(base)
     kinds = _shorten(base)
-    quantizer = pack_linear_layers(base, quantization, stored is not None, param_dtype, param_dtype)
-    pack_expert_layers(base, quantization, quantizer.modules_to_not_convert, param_dtype, param_dtype)
-    whole = float32_parameters(base, param_dtype)
+    whole = _pack(base, quantization, stored is not None, param_dtype)
+    transients = _transient_bytes(base, param_dtype)
+    lora = copy.deepcopy(peft_config)  # experts among its targets are noted in it
+    lora = lora or LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules=target_modules, task_type="CAUSAL_LM")
+    check_peft_config(lora)
+    weight = ModelWeight(config, inject_adapter(base, lora), [], param_dtype)
+    _weigh_units(weight, plans, kinds, whole, transients)
+    return weight
+
+
+def _pack(base: Any, quantization: BitsAndBytesConfig, is_stored: bool, dtype: torch.dtype) -> set[nn.Parameter]:
+    """Make a model on the meta device what it is once it is loaded. Returns what stays in float32."""
+    quantizer = pack_linear_layers(base, quantization, is_stored, dtype, dtype)
+    pack_expert_layers(base, quantization, quantizer.modules_to_not_convert, dtype, dtype)
+    whole = float32_parameters(base, dtype)
     for parameter in whole:
         parameter.data = parameter.data.float()
     base.requires_grad_(False)
     base.hf_quantizer, base.is_loaded_in_4bit = quantizer, True
-    transients = {target: piece for piece in draw_weights(base, param_dtype).pieces for target in piece.targets}
-    names = {id(parameter): name for name, parameter in base.named_parameters()}
-    lora = copy.deepcopy(peft_config)  # experts among its targets are noted in it
-    lora = lora or LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules=target_modules, task_type="CAUSAL_LM")
-    check_peft_config(lora)
-    short = inject_adapter(base, lora)
-    weight = ModelWeight(config, short, [], param_dtype)
-    packed = dict(_packed_layouts(short))
-    seen: dict[int, nn.Parameter] = {}
+    return whole
+
+
+def _transient_bytes(base: PreTrainedModel, dtype: torch.dtype) -> dict[int, int]:
+    """Return for each parameter, by identity, what there is on the card beside it while it is made."""
+    pieces = {target: piece for piece in draw_weights(base, dtype).pieces for target in piece.targets}
+    return {id(value): pieces[name].transient_bytes // 2 for name, value in base.named_parameters() if name in pieces}
+
+
+def _weigh_units(
+    weight: ModelWeight,
+    plans: list[Unit],
+    kinds: dict[str, str],
+    whole: set[nn.Parameter],
+    transients: dict[int, int],
+) -> None:
+    """Weigh each unit of the full model: by the layer of the short one that it is like, and each of these once."""
+    packed = dict(_packed_layouts(weight.short))
+    seen: set[int] = set()
     weighed: dict[tuple[str, ...], UnitWeight] = {}
     for plan in plans:
         sources = tuple(kinds.get(name, name) for name in plan.modules)
-        own = {id(p): p for name in sources for p in base.get_submodule(name).parameters()}
+        own = {id(p): p for name in sources for p in weight.base.get_submodule(name).parameters()}
         if sources not in weighed:
-            parts = Parts(tuple(_describe(p, packed, p in whole, param_dtype) for p in own.values()))
-            sizes = [transients[names[key]].transient_bytes // 2 for key in own if key in packed]
+            parts = Parts(tuple(_describe(p, packed, p in whole, weight.param_dtype) for p in own.values()))
+            sizes = [transients[key] for key in own if key in packed]
             kind = sources[0] if plan.is_decoder_layer else ""
             weighed[sources] = UnitWeight(plan, parts, kind, max(sizes, default=0))
-            seen |= own
+            seen |= own.keys()
         weight.units.append(replace(weighed[sources], unit=plan))
         weight.num_packed += sum(packed[key][1] for key in own if key in packed)
-    rest = [p for p in short.parameters() if id(p) not in seen]
+    rest = [p for p in weight.short.parameters() if id(p) not in seen]
     if rest:
-        parts = Parts(tuple(_describe(p, packed, p in whole, param_dtype) for p in rest))
+        parts = Parts(tuple(_describe(p, packed, p in whole, weight.param_dtype) for p in rest))
         weight.units.append(UnitWeight(Unit("", ()), parts))
-    return weight
 
 
 def _shorten(base: Any) -> dict[str, str]:
