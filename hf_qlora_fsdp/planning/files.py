@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from .memory_model import Settings
 from .planner import Plan
+from .settings import Settings
 
 DEFAULT_DATASET = "trl-lib/Capybara"
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}

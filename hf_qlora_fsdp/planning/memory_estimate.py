@@ -21,7 +21,8 @@ from typing import Any
 from ..offloading.staging import NUM_SLOTS, choose_slot_bytes
 from .cards import HOLES, outside_bytes
 from .layer_trial import try_norm
-from .memory_model import Moment, Settings, find_peaks
+from .memory_model import Moment, find_peaks
+from .settings import Settings
 from .weighing import ModelWeight
 
 PHASES = ("load", "first step", "steady")

@@ -42,8 +42,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..sharding_policy import ShardingPolicy
 from .layer_trial import Trial, try_layer, try_norm
+from .settings import Settings
 from .weighing import ModelWeight, UnitWeight
 
 TILE_TOKENS, TILE_WORDS = 4096, 32768
@@ -72,77 +72,6 @@ CAUSES = (
 )
 _SHARDS = {"codes": CAUSES[0], "scales": CAUSES[1], "plain": CAUSES[2], "trained": CAUSES[3]}
 _COMPUTING = {"activations": "activations of a layer", "gradients": "gradients"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run is set up, as far as memory and time depend on it. Names are those of `QLoRAFSDPConfig`.
-
-    Args:
-        num_ranks (`int`): Cards that share the weights.
-        ranks_per_host (`int`): Of these, on one host.
-        seq (`int`): Tokens a sequence.
-        batch (`int`): Sequences that a rank takes at a time.
-        gradient_accumulation_steps (`int`): Times that it does so a step.
-        gradient_checkpointing (`bool`): Whether layers compute their forward again in the backward.
-        checkpoint_layers (`int`, *optional*): How many of them do, the first ones; all by default.
-        activation_offloading (`bool`): Whether what they keep goes to the host.
-        cpu_offload (`bool`), cpu_offload_pin_memory (`bool`), cpu_offload_layers (`int`, *optional*): Which frozen
-            weights lie in host memory, and in which kind of it.
-        mapped (`bool`): Whether they lie in files (`cpu_offload_dir`).
-        use_liger_kernel (`bool`), fuse_lora (`bool`): How layers are computed.
-    """
-
-    num_ranks: int = 1
-    ranks_per_host: int = 1
-    seq: int = 2048
-    batch: int = 1
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = True
-    checkpoint_layers: int | None = None
-    activation_offloading: bool = False
-    cpu_offload: bool = False
-    cpu_offload_pin_memory: bool = True
-    cpu_offload_layers: int | None = None
-    mapped: bool = False
-    use_liger_kernel: bool = False
-    fuse_lora: bool = True
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that a rank takes at a time."""
-        return self.seq * self.batch
-
-    @property
-    def pins_memory(self) -> bool:
-        return self.cpu_offload_pin_memory and not self.mapped
-
-    def recomputed(self, num_layers: int) -> int:
-        """Return how many layers compute their forward again."""
-        if not self.gradient_checkpointing:
-            return 0
-        return num_layers if self.checkpoint_layers is None else self.checkpoint_layers
-
-    def describe(self, num_layers: int) -> str:
-        """Say in words what is done about memory."""
-        words = [f"batch {self.batch}"]
-        if self.gradient_accumulation_steps > 1:
-            words[0] += f" x {self.gradient_accumulation_steps}"
-        again = self.recomputed(num_layers)
-        if again < num_layers:
-            words.append(f"{again} of {num_layers} layers computed twice" if again else "nothing computed twice")
-        if self.activation_offloading:
-            words.append("activations offloaded")
-        if self.cpu_offload:
-            count = self.cpu_offload_layers
-            what = "all weights" if count is None else f"{count} of {num_layers} layers"
-            words.append(f"{what} offloaded{'' if self.pins_memory else ', not pinned'}")
-        return ", ".join(words)
-
-    def offloaded(self, weight: ModelWeight) -> set[str]:
-        """Return the names of the offloaded units."""
-        policy = ShardingPolicy(cpu_offload=self.cpu_offload, cpu_offload_layers=self.cpu_offload_layers)
-        return policy.offloaded_units([unit.unit for unit in weight.units if unit.unit.name])
 
 
 @dataclass(frozen=True)

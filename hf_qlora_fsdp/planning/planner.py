@@ -24,8 +24,8 @@ from ..settling import PRECISIONS
 from ..units import format_bytes
 from .cards import CARDS, HOLES, Card, find_card, find_link
 from .memory_estimate import MemoryEstimate, estimate
-from .memory_model import Settings
-from .search import Candidate, Change, Machine, Search, check_names, check_settings, explain, find_fast, find_nearest
+from .search import Candidate, Change, Machine, Search, explain, find_fast, find_nearest
+from .settings import Settings, check_names, check_settings
 from .weighing import ModelWeight, weigh_model
 
 DEFAULT_TARGET_BATCH = 16
@@ -108,7 +108,7 @@ def estimate_memory(
         param_dtype (`str`): Dtype of the computation.
         compute_capability (`int`): Major one of the cards.
         trust_remote_code (`bool`): Whether code from the model's repository may run.
-        **settings: Fields of `memory_model.Settings`: `seq`, `batch`, `gradient_checkpointing`, `cpu_offload`, ...
+        **settings: Fields of `settings.Settings`: `seq`, `batch`, `gradient_checkpointing`, `cpu_offload`, ...
     Raises:
         ValueError: A setting cannot be, or there is no such model.
     """
@@ -172,7 +172,7 @@ def plan(
         quantization_config (`BitsAndBytesConfig`, *optional*): NF4 with double quantisation by default.
         use_liger_kernel (`bool`), fuse_lora (`bool`), param_dtype (`str`): As in training.
         trust_remote_code (`bool`): Whether code from the model's repository may run.
-        fixed (`dict`, *optional*): Settings that are not to be changed, by the names of `memory_model.Settings`.
+        fixed (`dict`, *optional*): Settings that are not to be changed, by the names of `settings.Settings`.
         **hub: `revision`, `token` and the like.
     Raises:
         ValueError: An argument cannot be, or there is no such model.

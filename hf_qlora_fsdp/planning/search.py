@@ -15,15 +15,14 @@ equally fast to a bound; of such the one is taken that leaves most to the host.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..translation import nearest
 from ..units import format_bytes
 from .cards import Card
 from .memory_estimate import MemoryEstimate, estimate
-from .memory_model import Settings
+from .settings import Settings, check_settings, is_possible
 from .time_model import TimeBounds, bound_time
 from .weighing import ModelWeight
 
@@ -261,50 +260,3 @@ def explain(candidate: Candidate, chosen: Candidate, is_fast: bool) -> Candidate
         where = f"{format_bytes(more)} more of the host" if more else "as much of the host and more of a card"
         return replace(candidate, reason=f"fits, as fast, and takes {where}")
     return replace(candidate, reason=f"fits, {1 - mine / best:.1%} slower: waits for {candidate.time.bound}")
-
-
-def check_names(settings: Iterable[str]) -> None:
-    """Refuse what is no setting.
-
-    Raises:
-        ValueError: One is unknown, or is given by another argument.
-    """
-    known = {field.name for field in fields(Settings)} - {"num_ranks", "ranks_per_host"}
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"{name}: there is no such setting to plan with. {nearest(name, known)}")
-
-
-def check_settings(settings: Settings, num_layers: int) -> None:
-    """Refuse settings that cannot be.
-
-    Raises:
-        ValueError: They contradict each other, or the model.
-    """
-    numbers = {"seq": 2, "batch": 1, "gradient_accumulation_steps": 1, "num_ranks": 1, "ranks_per_host": 1}
-    for name, least in numbers.items():
-        if getattr(settings, name) < least:
-            raise ValueError(f"{name}={getattr(settings, name)}: there is nothing to train. Give {least} or more.")
-    for name in ("cpu_offload_layers", "checkpoint_layers"):
-        value = getattr(settings, name)
-        if value is not None and not 0 <= value <= num_layers:
-            raise ValueError(
-                f"{name}={value}, but the model has {num_layers} decoder layers. Write a number up to {num_layers}, or "
-                "leave it out."
-            )
-    if not is_possible(settings, num_layers):
-        raise ValueError(
-            "activation_offloading, checkpoint_layers, gradient_checkpointing=False and cpu_offload_layers without "
-            f"cpu_offload do not go together as in {settings}: activations are offloaded where all layers compute "
-            "theirs again, and layers where there is offloading. Leave one of them out."
-        )
-
-
-def is_possible(settings: Settings, num_layers: int) -> bool:
-    """Return whether settings go together."""
-    again = settings.recomputed(num_layers)
-    return not (
-        (settings.activation_offloading and again < num_layers)
-        or (settings.checkpoint_layers is not None and not settings.gradient_checkpointing)
-        or (settings.cpu_offload_layers is not None and not settings.cpu_offload)
-    )

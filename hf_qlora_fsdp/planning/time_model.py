@@ -24,7 +24,7 @@ from typing import Any
 from ..speed.matmul_share import Multiplications, count_multiplications
 from .cards import Card
 from .layer_trial import fused_layers
-from .memory_model import Settings
+from .settings import Settings
 from .weighing import ModelWeight
 
 EFFICIENCY = 0.8

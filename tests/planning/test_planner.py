@@ -34,9 +34,10 @@ from hf_qlora_fsdp.planning.auto import apply_plan
 from hf_qlora_fsdp.planning.cards import CARDS, find_card, find_link
 from hf_qlora_fsdp.planning.layer_trial import ALLOCATION_BYTES, _catch_arguments, _ready_to_run, try_layer
 from hf_qlora_fsdp.planning.memory_estimate import estimate
-from hf_qlora_fsdp.planning.memory_model import Settings, find_peaks, resident
+from hf_qlora_fsdp.planning.memory_model import find_peaks, resident
 from hf_qlora_fsdp.planning.model_config import read_config
 from hf_qlora_fsdp.planning.planner import estimate_memory, find_batches, plan
+from hf_qlora_fsdp.planning.settings import Settings
 from hf_qlora_fsdp.planning.time_model import EFFICIENCY, STEP_SECONDS, bound_time
 from hf_qlora_fsdp.planning.weighing import ModelWeight, weigh_model
 from hf_qlora_fsdp.sharding_policy import ShardingPolicy
