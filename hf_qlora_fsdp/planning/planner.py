@@ -22,10 +22,11 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from ..settling import PRECISIONS
 from ..units import format_bytes
-from .cards import CARDS, HOLES, Card, find_card, find_link
+from .cards import HOLES
+from .machine import Machine, describe_machine
 from .memory_estimate import MemoryEstimate, estimate
-from .search import Candidate, Change, Machine, Search, explain, find_fast, find_nearest
-from .settings import Settings, check_names, check_settings
+from .search import Candidate, Change, Search, explain, find_fast, find_nearest
+from .settings import Settings, check_count, check_names, check_settings
 from .weighing import ModelWeight, weigh_model
 
 DEFAULT_TARGET_BATCH = 16
@@ -114,13 +115,13 @@ def estimate_memory(
     """
     weight = weigh_model(
         model,
-        lora_r=_positive("lora_r", lora_r),
+        lora_r=check_count("lora_r", lora_r),
         target_modules=target_modules,
         param_dtype=_dtype(param_dtype),
         trust_remote_code=trust_remote_code,
     )
-    ranks = _positive("num_gpus", num_gpus)
-    per_host = ranks if gpus_per_host is None else _positive("gpus_per_host", gpus_per_host)
+    ranks = check_count("num_gpus", num_gpus)
+    per_host = ranks if gpus_per_host is None else check_count("gpus_per_host", gpus_per_host)
     check_names(settings)
     whole = Settings(num_ranks=ranks, ranks_per_host=min(ranks, per_host), **settings)
     check_settings(whole, len(weight.layers))
@@ -177,13 +178,13 @@ def plan(
     Raises:
         ValueError: An argument cannot be, or there is no such model.
     """
-    machine = _describe_machine(num_gpus, gpus_per_host, device_memory, host_memory, swap, card, link, host_link)
+    machine = describe_machine(num_gpus, gpus_per_host, device_memory, host_memory, swap, card, link, host_link)
     if peft_config is not None:
         lora_r, targets = peft_config.r, peft_config.target_modules
         target_modules = targets if isinstance(targets, str) else sorted(targets or ())
     weight = weigh_model(
         model,
-        lora_r=_positive("lora_r", lora_r),
+        lora_r=check_count("lora_r", lora_r),
         target_modules=target_modules,
         peft_config=peft_config,
         quantization_config=quantization_config,
@@ -194,7 +195,7 @@ def plan(
     start = Settings(
         num_ranks=machine.num_gpus,
         ranks_per_host=machine.gpus_per_host,
-        seq=_positive("seq", seq, least=2),
+        seq=check_count("seq", seq, least=2),
         use_liger_kernel=use_liger_kernel,
         fuse_lora=fuse_lora,
     )
@@ -233,11 +234,11 @@ def find_batches(num_gpus: int, batch: int | None, target_batch: int | None) -> 
         ValueError: The sequences of a step cannot be divided so.
     """
     if batch is not None:
-        _positive("batch", batch)
+        check_count("batch", batch)
     if target_batch is None:
         each = batch or max(1, DEFAULT_TARGET_BATCH // num_gpus)
     else:
-        each, rest = divmod(_positive("target_batch", target_batch), num_gpus * (batch or 1))
+        each, rest = divmod(check_count("target_batch", target_batch), num_gpus * (batch or 1))
         if rest or not each:
             raise ValueError(
                 f"A step of {target_batch} sequences cannot be divided among {num_gpus} cards"
@@ -267,66 +268,10 @@ def _to_dict(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _positive(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: there is nothing to plan for fewer than {least}. Give {least} or more.")
-    return value
-
-
 def _dtype(name: str) -> torch.dtype:
     if name not in PRECISIONS:
         raise ValueError(f"param_dtype={name!r}: nothing is computed in that. Write one of {', '.join(PRECISIONS)}.")
     return getattr(torch, name)
-
-
-def _describe_machine(
-    num_gpus: int,
-    gpus_per_host: int | None,
-    device_memory: int | None,
-    host_memory: int | None,
-    swap: int,
-    card: str | None,
-    link: str | None,
-    host_link: str | None,
-) -> Machine:
-    _positive("num_gpus", num_gpus)
-    per_host = num_gpus if gpus_per_host is None else _positive("gpus_per_host", gpus_per_host)
-    if num_gpus % per_host and num_gpus > per_host:
-        raise ValueError(
-            f"num_gpus={num_gpus} with gpus_per_host={per_host}: hosts would have different numbers of cards, and the "
-            "fullest of them decides. Give a multiple, or plan for the fullest host."
-        )
-    if device_memory is None and card is None:
-        raise ValueError(
-            "Neither the cards nor their memory are given, and a plan is for cards. Give card, one of "
-            f"{', '.join(CARDS)}, or device_memory in bytes."
-        )
-    if device_memory is not None:
-        _positive("device_memory", device_memory)
-    if host_memory is not None:
-        _positive("host_memory", host_memory)
-    found = find_card(card) if card is not None else _most_like(device_memory or 0)
-    return Machine(
-        num_gpus=num_gpus,
-        gpus_per_host=min(per_host, num_gpus),
-        device_bytes=device_memory or found.memory_bytes,
-        host_bytes=host_memory,
-        swap_bytes=swap,
-        card=found,
-        link=find_link(link or found.link),
-        host_link=find_link(host_link or found.host_link),
-    )
-
-
-def _most_like(device_bytes: int) -> Card:
-    """Return the slowest card of about this memory, so that nobody is promised too much."""
-    near = [card for card in CARDS.values() if abs(card.memory_bytes / device_bytes - 1) < _ABOUT]
-    if near:
-        return min(near, key=lambda card: card.flops)
-    return min(CARDS.values(), key=lambda card: abs(card.memory_bytes - device_bytes))
-
-
-_ABOUT = 0.15
 
 
 def _list_assumptions(answer: Plan, card: str | None) -> list[str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..units import format_bytes
-from .cards import Card
+from .machine import Machine
 from .memory_estimate import MemoryEstimate, estimate
 from .settings import Settings, check_settings, is_possible
 from .time_model import TimeBounds, bound_time
@@ -29,30 +29,6 @@ from .weighing import ModelWeight
 _FEWEST_TOKENS = 128
 _GPUS_OF_A_HOST, _MOST_GPUS = 8, 64
 _EQUALLY_FAST = 0.01
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a run may use.
-
-    Args:
-        num_gpus (`int`): Cards, all of them together.
-        gpus_per_host (`int`): Of these, on one host.
-        device_bytes (`int`): Of each card.
-        host_bytes (`int`, *optional*): Of each host; without limit if not known.
-        swap_bytes (`int`): Of each host.
-        card (`Card`): How fast they are.
-        link (`float`), host_link (`float`): Bytes a second between cards, and between a card and its host.
-    """
-
-    num_gpus: int
-    gpus_per_host: int
-    device_bytes: int
-    host_bytes: int | None
-    swap_bytes: int
-    card: Card
-    link: float
-    host_link: float
 
 
 @dataclass(frozen=True)

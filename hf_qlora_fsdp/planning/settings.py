@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ..sharding_policy import ShardingPolicy
 from ..translation import nearest
@@ -129,3 +130,14 @@ def is_possible(settings: Settings, num_layers: int) -> bool:
         or (settings.checkpoint_layers is not None and not settings.gradient_checkpointing)
         or (settings.cpu_offload_layers is not None and not settings.cpu_offload)
     )
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return a count as it was given.
+
+    Raises:
+        ValueError: It is no whole number, or smaller than it can be.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: there is nothing to plan for fewer than {least}. Give {least} or more.")
+    return value
