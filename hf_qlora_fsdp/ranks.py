@@ -19,13 +19,15 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 
 from . import slurm
 from .errors import RankError
 
 logger = logging.getLogger("hf_qlora_fsdp")
 
-_SECONDS_FOR_THREADS = 0.3
+_GLOO_THREAD = "pt_gloo_runloop"
+_SECONDS_BETWEEN_LOOKS, _MOST_SECONDS_FOR_THREADS = 0.012, 10.0
 
 
 def rank() -> int:
@@ -108,15 +110,42 @@ def join_process_group(device_type: str, timeout_seconds: float | None = None) -
 
 @functools.cache
 def _part_in_peace() -> None:
-    """Have the interpreter stand aside for a moment before it ends.
+    """Have the interpreter wait for gloo's threads before it ends.
 
-    gloo's threads let go of the tensors of the last collective when they get to it, for which they take the
-    interpreter's lock. One that asks for it while the interpreter ends is ended itself, in the middle of C++
-    (`ProcessGroupGloo::runLoop`), and with it the process: SIGABRT, "terminate called without an active exception", in
-    one of 5 to 20 runs on a busy CPU, after all was done. Leaving the group does not end these threads as long as a
-    mesh holds it.
+    They let go of the tensors of the last collective when they get to it, for which they take the interpreter's lock.
+    One that asks for it while the interpreter ends is ended itself, in the middle of C++ (`ProcessGroupGloo::runLoop`),
+    and with it the process: SIGABRT, "terminate called without an active exception", in one of 5 to 20 runs on a busy
+    CPU, after all was done (https://github.com/pytorch/pytorch/pull/179291). Leaving the group does not end these
+    threads as long as a mesh holds it, and joining them would wait for ranks that are gone.
     """
-    atexit.register(time.sleep, _SECONDS_FOR_THREADS)
+    atexit.register(_wait_for_gloo)
+
+
+def _wait_for_gloo() -> None:
+    """Wait until gloo's threads have nothing to do, as the system sees it, which a starved one has not.
+
+    Between two looks, in which the lock is free, one that has slept in both and did not wake has nothing to let go of:
+    who waits for the lock wakes at least every 5 ms (`sys.getswitchinterval`), and who was woken no longer sleeps.
+    """
+    stop_at = time.monotonic() + _MOST_SECONDS_FOR_THREADS
+    before: dict[str, str] = {}
+    while (now := _look_at_gloo()) and time.monotonic() < stop_at:
+        if now == before and all(state.startswith("S") for state in now.values()):
+            return
+        before = now
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _look_at_gloo() -> dict[str, str]:
+    """Return for each of gloo's threads its state (`"S"`: it sleeps) and how often it has given up its core."""
+    seen = {}
+    for task in Path("/proc/self/task").glob("*/status"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = dict(line.split(":\t", 1) for line in task.read_text().splitlines() if ":\t" in line)
+            if fields["Name"] == _GLOO_THREAD:
+                counts = fields["voluntary_ctxt_switches"], fields["nonvoluntary_ctxt_switches"]
+                seen[task.parent.name] = " ".join((fields["State"], *counts))
+    return seen
 
 
 def _choose_card(srun: bool) -> None:
