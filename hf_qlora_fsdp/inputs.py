@@ -21,7 +21,7 @@ from .config import QLoRAFSDPConfig
 from .experts.layers import Experts4bit
 from .loading.adapters import check_peft_config, default_peft_config
 from .ranks import log_once
-from .sharding import base_model, check_storage_dtype
+from .sharding import base_model, check_in_4_bits, check_storage_dtype
 from .sharding_policy import ShardingPolicy
 from .units import format_dtype, parse_bytes
 
@@ -210,13 +210,7 @@ def check_model(model: Any, peft_config: Any) -> None:
             "a string."
         )
     base = base_model(model)
-    if not getattr(base, "is_loaded_in_4bit", False):
-        kind = "in 8 bits" if getattr(base, "is_loaded_in_8bit", False) else "not quantised"
-        raise ValueError(
-            f"The {type(base).__name__} passed as model is {kind}, and only LoRA on 4-bit weights is trained here. "
-            "Pass its name or folder as model, which is quantised while it is read, or load it with "
-            "quantization_config=BitsAndBytesConfig(load_in_4bit=True)."
-        )
+    check_in_4_bits(base, getattr(base, "is_loaded_in_4bit", False))
 
 
 def leave_experts_to_us(model: nn.Module, args: QLoRAFSDPConfig) -> None:

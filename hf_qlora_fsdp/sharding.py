@@ -315,14 +315,26 @@ def shard_model(model: nn.Module, policy: ShardingPolicy, device: torch.device |
     return model
 
 
-def _check_quantized(base: nn.Module) -> None:
-    if not any(isinstance(module, Linear4bit) for module in base.modules()):
+def check_in_4_bits(base: nn.Module, is_in_4_bits: bool) -> None:
+    """Refuse a model that a script has loaded in another way than in 4 bits.
+
+    Args:
+        base (`PreTrainedModel`): The model.
+        is_in_4_bits (`bool`): What is known of it.
+    Raises:
+        ValueError: It is not in 4 bits.
+    """
+    if not is_in_4_bits:
         kind = "in 8 bits" if getattr(base, "is_loaded_in_8bit", False) else "not quantised"
         raise ValueError(
-            f"The {type(base).__name__} passed as model is {kind}, and only 4-bit weights are trained here. Pass "
-            "its name or folder as model, which is quantised while it is read, or load it with "
+            f"The {type(base).__name__} passed as model is {kind}, and only LoRA on 4-bit weights is trained here. "
+            "Pass its name or folder as model, which is quantised while it is read, or load it with "
             "quantization_config=BitsAndBytesConfig(load_in_4bit=True)."
         )
+
+
+def _check_quantized(base: nn.Module) -> None:
+    check_in_4_bits(base, any(isinstance(module, Linear4bit) for module in base.modules()))
     unquantized = list(fused_experts(base))
     if unquantized:
         num_bytes = sum(weight.nbytes for _, module in unquantized for weight in module.parameters(recurse=False))

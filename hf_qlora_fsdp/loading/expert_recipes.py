@@ -24,7 +24,7 @@ from ..experts.layers import Experts4bit
 from ..experts.stacks import insert_piece
 from ..lora_math import Part
 from ..packing import pack
-from .recipes import Recipe
+from .recipes import Recipe, stored_kind
 from .weights import Weights
 
 
@@ -92,10 +92,7 @@ def check_stack(recipe: Recipe, weights: Weights, experts: Experts4bit, leaf: st
     expected = (piece.quant_type, piece.double_quant, piece.codes_bytes, piece.absmax_bytes)
     names = [name for names in recipe.sources.values() for name in names] if recipe.quant_states else []
     for name in names:
-        state = recipe.quant_states.get(name, {})
-        marker = next((part for part in state if part.startswith("quant_state.")), "")
-        absmax_bytes = weights.tensors[state["absmax"]].num_bytes if "absmax" in state else 0
-        stored = (marker.rpartition("__")[2], "nested_absmax" in state, weights.tensors[name].num_bytes, absmax_bytes)
+        stored = stored_kind(name, recipe.quant_states.get(name, {}), weights)
         if len(names) != layout.num_pieces or stored != expected:
             raise ValueError(
                 f"{name!r} is stored as {stored[0] or 'an unknown type'}, double_quant={stored[1]}, {stored[2]:,} "

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -261,6 +261,13 @@ def _check_shapes(recipe: Recipe, weights: Weights) -> None:
             )
 
 
+def stored_kind(name: str, state: Mapping[str, str], weights: Weights) -> tuple[str, bool, int, int]:
+    """Return of a stored quantised weight what the headers say: its type, `double_quant`, bytes of codes and scales."""
+    marker = next((part for part in state if part.startswith("quant_state.")), "")
+    absmax_bytes = weights.tensors[state["absmax"]].num_bytes if "absmax" in state else 0
+    return marker.rpartition("__")[2], "nested_absmax" in state, weights.tensors[name].num_bytes, absmax_bytes
+
+
 def _check_quantized(recipe: Recipe, model: PreTrainedModel, weights: Weights) -> None:
     """Check from the headers that a stored quantised weight has a 4-bit layer, of its own kind and size, to go to."""
     name, target = recipe.stored_names[0], recipe.targets[0]
@@ -271,10 +278,7 @@ def _check_quantized(recipe: Recipe, model: PreTrainedModel, weights: Weights) -
             "it is listed in llm_int8_skip_modules, or made of several stored weights. Load the 16-bit checkpoint "
             "instead; it is quantised while it is read."
         )
-    layout, state = module.layout, recipe.quant_state
-    marker = next((part for part in state if part.startswith("quant_state.")), "")
-    absmax_bytes = weights.tensors[state["absmax"]].num_bytes if "absmax" in state else 0
-    stored = (marker.rpartition("__")[2], "nested_absmax" in state, weights.tensors[name].num_bytes, absmax_bytes)
+    layout, stored = module.layout, stored_kind(name, recipe.quant_state, weights)
     if stored != (layout.quant_type, layout.double_quant, layout.codes_bytes, layout.absmax_bytes):
         raise ValueError(
             f"{name!r} is stored as {stored[0] or 'an unknown type'}, double_quant={stored[1]}, {stored[2]:,} bytes of "
