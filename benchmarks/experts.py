@@ -3,21 +3,20 @@ r"""Claim: mixtures of experts train with their experts in 4 bits, sharded, with
 Each row is one `hf-qlora-fsdp rehearse` (random weights of the real shapes, the real trainer) held to what it promises
 (`promises.py`).
 
-All rows on two 80 GB cards, the most telling first, in about 16 minutes: 1.5 to 2 for a row of 8x7B or four layers, 3
-for Qwen3-MoE, for stock, which writes 13 GB to `TMPDIR` first, and for 8x22B, which pins 48 GiB of the host (estimated
-from the 70B rows of `results.csv`; what runs when `--minutes` are over is ended, and what has not run is said):
+All rows took 7.5 minutes on two H200 (28 November 2026), 30 to 50 s a row of 8x7B or four layers, 90 s 8x22B, which
+pins 48 GiB of the host, and Qwen3-MoE. Stock writes 13 GB to `TMPDIR` first. What runs when `--minutes` are over is
+ended, and what has not run is said:
 
     NCCL_BUFFSIZE=1048576 NCCL_MAX_NCHANNELS=8 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
-        python benchmarks/experts.py --minutes 28 --row mixtral-attention --row mixtral-experts \
+        python benchmarks/experts.py --minutes 9.5 --row mixtral-attention --row mixtral-experts \
         --row mixtral-experts-offload --row mixtral-4-layers --row mixtral-4-layers-stock --row mixtral-8x22b \
         --row qwen3-moe-30b
 
 The same with `--tiny --steps 4 --results /dev/null` sees on two cores of a CPU that the rows run, in 3 minutes.
 
-The variables save memory beside what torch allocates. `hf-qlora-fsdp plan` expects torch to allocate 14.3, 15.6, 12.8
-and 17.5 GiB in the four rows that promise 16, 18, 16 and 24, and counts 1.6 outside and 4% for holes between tensors,
-which is 0.5 too much for the first. Segments that expand leave fewer holes, and eight channels of NCCL instead of all
-take 0.3 less (`LOG.md`); should the first row not be kept, its picture (`--plots FOLDER`) says by how much.
+The variables save memory beside what torch allocates, 14.3, 15.6, 12.8 and 17.5 GiB in the four rows that promise 16,
+18, 16 and 24. Segments that expand leave fewer holes between tensors, and eight channels of NCCL instead of all take
+0.3 GiB less (`LOG.md`): 1.2 GiB lay outside.
 
 What a card holds of a Mixtral-8x7B over two (46.4 billion parameters in decoder layers, 0.516 bytes each):
 

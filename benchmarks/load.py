@@ -13,8 +13,8 @@ Figures are appended to `results.csv`. `--tiny` does it on a CPU with a model of
 
     python benchmarks/load.py --folder /scratch
 
-On two H100 with a disk that reads 2 GB/s it takes about four minutes: one for writing the checkpoint, 8 s for reading
-it, 11 to 15 s for a load, and as much again for starting Python and CUDA each time.
+On two H200 with a disk that reads 1.5 GB/s it takes 160 s: one minute for writing the checkpoint, 11 s for reading it,
+4 to 13 s for a load, and as much again for starting Python and CUDA each time.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Each row is one `hf-qlora-fsdp rehearse` (random weights of the real shapes, the
     sudo -E python benchmarks/offload.py --minutes 9 --row 70b-swap -- --use-liger-kernel
     python benchmarks/offload.py --minutes 6 --row 405b -- --use-liger-kernel
 
-On two H200 a row of the first command took 80 s, 20 of which were found to be in vain since (`LOG.md`), and the last
-one four minutes, of which loading takes two and another was in vain. Mapped and swapped rows write 35 GB to the disk
+On two H200 a row of the first command takes 65 to 100 s, and the last one took four minutes, of which loading takes two
+and another was found to be in vain since (`LOG.md`). Mapped and swapped rows write 35 GB to the disk
 and read up to 40 GB a step from it: 45 s a step at 1.6 GB/s, mapped; nobody has timed swapping. The swap file takes
 40 GiB. A host that is too small for pinned memory says so within half a minute.
 

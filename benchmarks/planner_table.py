@@ -6,9 +6,7 @@ Planned is what the planner says now. Measured is the latest row of each run of 
 `offload.py` and `experts.py` that ran to the end on a host of its own size, the cap kept or not.
 
 Processes of `planner_truth.py` run one configuration after the other, unless it is told `--fresh`, and do not give back
-all of the host's memory: what a configuration found in them beyond what the first one had at its end is taken off what
-was measured of it. So what a process weighs by itself is measured by the first configurations of each call and by
-`offload.py`; of the others, how much they added.
+all of the host's memory: up to 0.6 GiB of what was measured there is of the configurations before.
 """
 
 from __future__ import annotations
@@ -31,10 +29,9 @@ from hf_qlora_fsdp.rehearsal import command as rehearsal
 
 RESULTS = Path(__file__).parent / "results.csv"
 GIB = 2**30
-_TRUTH = re.compile(r"planner_truth\.py --only (?P<name>\S+)$")
-_PROMISE = re.compile(
-    r"(?P<script>offload|experts)\.py --row (?P<name>\S+) --steps \d+(?: --device-memory \S+)?(?: -- (?P<extra>.*))?$"
-)
+_TRUTH = re.compile(r"(planner_truth)\.py --only (\S+)()$")
+_PROMISE = re.compile(r"(offload|experts)\.py --row (\S+) --steps \d+(?: --device-memory \S+)?(?: -- (.*))?$")
+"""Which script, which of its rows, and what of `rehearse` beside: how many steps there were makes no other run."""
 _SCRIPTS = {"offload": offload, "experts": experts}
 
 
@@ -87,7 +84,6 @@ class Comparison:
         run (`Run`): Which.
         planned (`float`), measured (`float`): What torch allocated on the fullest card in steady steps.
         planned_host (`float`), measured_host (`float`): What all ranks had of the host.
-        left (`float`): What configurations before had left there, not counted in it.
     """
 
     run: Run
@@ -95,7 +91,6 @@ class Comparison:
     measured: float
     planned_host: float
     measured_host: float
-    left: float
 
     @property
     def error(self) -> float:
@@ -108,44 +103,39 @@ class Comparison:
 
 def compare(results: Path = RESULTS) -> list[Comparison]:
     """Plan what was measured."""
-    found, runs = [], list(read_runs(results))
-    for run in runs:
+    found = []
+    for run in read_runs(results):
         estimate, figures = run.plan(), run.figures
-        card, host = estimate.card["steady"].total, estimate.host["steady"]
-        # What configurations before this one have left in the processes is not its own.
-        series = [other.figures for other in runs if other.ranks == run.ranks and "host, before" in other.figures]
-        first = min(series, key=lambda figures: figures["host, before"], default={})
-        left = max(0.0, figures.get("host, before", 0.0) - first.get("host, steady", 0.0))
-        measured_host = figures.get("host, steady", figures.get("host", 0.0)) - left
-        found.append(Comparison(run, card, figures["allocated, steady"], host.total(), measured_host, left))
+        card, host = estimate.card["steady"].total, estimate.host["steady"].total()
+        measured_host = figures.get("host, steady", figures.get("host", 0.0))
+        found.append(Comparison(run, card, figures["allocated, steady"], host, measured_host))
     return found
 
 
 def read_runs(results: Path) -> Iterator[Run]:
     """Read the runs on cards whose steady steps were measured."""
-    measured: dict[tuple[str, ...], dict[str, float]] = {}
+    measured: dict[tuple[Any, ...], dict[str, float]] = {}
     with results.open(newline="") as stream:
         for row in csv.DictReader(stream):
             found = _TRUTH.search(row["command"]) or _PROMISE.search(row["command"])
             if "CPU" not in row["hardware"] and found:
-                key = (found[0], *(row[name] for name in ("hardware", "date", "versions")))
+                key = (found.groups(), *(row[name] for name in ("hardware", "date", "versions")))
                 figures = measured.setdefault(key, {})
                 figures[row["claim"].partition(": ")[2]] = float(row["value"]) * GIB
     latest = {
-        (command, hardware.partition("x ")[0]): figures
-        for (command, hardware, *_), figures in measured.items()
+        (run, hardware.partition("x ")[0]): figures
+        for (run, hardware, *_), figures in measured.items()
         if "allocated, steady" in figures  # else it ended before, or nobody asked by phase then
     }
-    for (command, ranks), figures in latest.items():
-        if found := _TRUTH.search(command):
-            configuration = CONFIGURATIONS[found["name"]]
+    for ((script, name, extra), ranks), figures in latest.items():
+        if script == "planner_truth":
+            configuration = CONFIGURATIONS[name]
             shape, words, config = configuration.shape, configuration.words, TRUTH_SHAPES[configuration.shape]
-        elif found := _PROMISE.search(command):
-            script = _SCRIPTS[found["script"]]
-            row = script.ROWS[found["name"]]
+        else:
+            row = _SCRIPTS[script].ROWS[name]
             if row.host_limit or row.script:
                 continue
-            shape, words, config = row.shape, " ".join((*row.words, found["extra"] or "")), script.SHAPES[row.shape]
+            shape, words, config = row.shape, " ".join((*row.words, extra or "")), _SCRIPTS[script].SHAPES[row.shape]
         yield Run(shape, config, words.strip(), int(ranks), figures)
 
 

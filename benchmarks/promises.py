@@ -16,6 +16,7 @@ import csv
 import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,8 @@ from hf_qlora_fsdp.units import format_bytes, parse_bytes
 GIB, GB = 2**30, 10**9
 RESULTS = Path(__file__).parent / "results.csv"
 COLUMNS = ("date", "claim", "value", "unit", "command", "hardware", "versions")
+_VARIABLES = re.compile("NCCL_(?!VERSION)|PYTORCH_")
+"""Those that change what lies beside torch's tensors, and what holes there are between them."""
 STOP_SECONDS = 60
 """Kept back of `--minutes` for ending a run that takes too long, and for clearing up."""
 
@@ -279,8 +282,7 @@ def record(claim: Claim, name: str, outcome: dict[str, Any], options: argparse.N
         figures["rate"] = outcome["tokens_per_second_per_device"], "tokens/s/GPU"
         figures["matmul share"] = 100 * outcome["matmul_share"], "%"
     steps = num_steps(claim.rows[name], options)
-    # Variables that change what lies beside torch's tensors, and what holes there are between them.
-    words = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(("NCCL_", "PYTORCH_"))]
+    words = [f"{key}={value}" for key, value in sorted(os.environ.items()) if _VARIABLES.match(key)]
     words += [f"python benchmarks/{Path(claim.file).name} --row", name, "--steps", str(steps)]
     for option in ("device_memory", "host_memory", "swap"):
         if getattr(options, option):

@@ -32,20 +32,20 @@ PROMISES = {
 """Figures of rows of `promises.py`. What was refused before it trained has no row."""
 TABLES = {
     "": (RUNS, re.compile(r"train_llama\.py (.*)")),
-    "promises": (PROMISES, re.compile(r"(?:offload|experts)\.py --row (.*)")),
+    "promises": (PROMISES, re.compile(r"(?:offload|experts)\.py --row (\S+) --steps \d+(.*)")),
 }
 
 
 def read_runs(script: re.Pattern[str], results: Path = RESULTS) -> dict[tuple[str, str], dict[str, str]]:
-    """Return the figures of each run whose command matches, by hardware and what the pattern's group says of it."""
+    """Return the figures of each run whose command matches, by hardware and what the pattern's groups say of it."""
     runs: dict[tuple[str, str], dict[str, str]] = {}
     with results.open(newline="") as stream:
         for row in csv.DictReader(stream):
             if found := script.search(row["command"]):
-                name = row["claim"].rpartition(": ")[2]
+                name, run = row["claim"].rpartition(": ")[2], (row["hardware"], "".join(found.groups()))
                 if name == "fits":  # the first figure of a run that was held to a promise
-                    runs.pop((row["hardware"], found[1]), None)
-                runs.setdefault((row["hardware"], found[1]), {})[name] = row["value"]
+                    runs[run] = {}
+                runs.setdefault(run, {})[name] = row["value"]
     return runs
 
 
@@ -63,7 +63,9 @@ def format_table(which: str) -> str:
 def _format(name: str, value: str | None) -> str:
     if value is None:
         return ""
-    return ("no", "yes")[int(value)] if name == "fits" else f"{float(value):,.4g}"
+    if name == "fits":
+        return ("no", "yes")[int(value)]
+    return f"{float(value):,.0f}" if float(value) >= 1000 else f"{float(value):.4g}"
 
 
 if __name__ == "__main__":

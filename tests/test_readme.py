@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from hf_qlora_fsdp import QLoRAFSDPConfig, cli
+from hf_qlora_fsdp.planning import cards
 from tests.tiny import make_checkpoint, tiny_dataset
 
 LLAMA_2_70B = {
@@ -117,9 +118,9 @@ def test_what_is_planned_is_what_was_measured(comparisons):
         said = f"{one.run.shape} {one.run.words}: {one.error:+.1%}, host {one.host_error:+.1%}"
         assert -0.03 <= one.error <= 0.05, said
         assert abs(one.host_error) <= 0.10, said
-    assert f"less up to {max(one.left for one in found) / 2**30:.1f} GiB that earlier runs" in README
-    with_it = [one for one in found if abs(one.planned_host / (one.measured_host + one.left) - 1) > 0.10]
-    assert (len(with_it), "with it six plans would say" in README) == (6, True)
+        if outside := one.run.figures.get("outside the allocator"):  # with as many channels of NCCL as it likes
+            assert abs(cards.outside_bytes(one.run.ranks) / outside - 1) <= 0.02, said
+    assert f"<summary>{len(found)} runs, planned and measured</summary>" in README
 
 
 def test_a_run_is_compared_with_the_latest_that_ended(comparisons, tmp_path):

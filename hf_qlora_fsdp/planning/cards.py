@@ -21,10 +21,11 @@ MIB, GB, TFLOPS = 1 << 20, 10**9, 10**12
 CONTEXT_BYTES = 540 * MIB
 """The CUDA context. Measured on an H100, torch 2.11: what is in use before anything ran."""
 FIRST_USE_BYTES = 240 * MIB
-"""Code of kernels, once each has run. Measured there, on one card: what is in use at the end, less the context."""
-NCCL_BYTES = 840 * MIB
-"""NCCL's buffers where ranks share weights. Measured there, on two: what is in use, less both of the above. The sum of
-the three is 1.58 GiB; `planner ...: outside the allocator` in `benchmarks/results.csv`, of two H200, 1.58 to 1.59."""
+"""Code of kernels, once each has run. Measured there, without NCCL: what is in use at the end, less the context."""
+NCCL_BYTES = {"alone": 550 * MIB, "together": 840 * MIB}
+"""NCCL's buffers, of which a rank that shares with nobody has some as well: FSDP gathers there, too. Measured on H200:
+1.30 and 1.58 GiB outside of the allocator (`planner ...: outside the allocator` in `benchmarks/results.csv`), less both
+of the above."""
 HOLES = 0.05
 """Of what is allocated, how much more the allocator must hold for the sizes to find room: on a card that is full. One
 that is not holds more, and gives it back when it has to. Measured: 70B in 23 GiB, `benchmarks/LOG.md`, holds 21.5 GiB
@@ -121,4 +122,4 @@ def find_link(name: str) -> float:
 
 def outside_bytes(num_ranks: int) -> int:
     """Return what lies on a card outside of torch's allocator."""
-    return CONTEXT_BYTES + FIRST_USE_BYTES + (NCCL_BYTES if num_ranks > 1 else 0)
+    return CONTEXT_BYTES + FIRST_USE_BYTES + NCCL_BYTES["together" if num_ranks > 1 else "alone"]

@@ -279,9 +279,8 @@ def _list_assumptions(answer: Plan, card: str | None) -> list[str]:
     machine, settings = answer.machine, answer.chosen.settings
     listed = [
         f"Every sequence has {settings.seq} tokens, all of which count for the loss; shorter ones take less.",
-        f"{format_bytes(answer.chosen.estimate.outside)} of a card go to CUDA, kernels"
-        f"{' and NCCL' if machine.num_gpus > 1 else ''}, as measured on an H100; {HOLES:.0%} more than tensors take is "
-        "kept for holes between them; nothing else runs on the cards.",
+        f"{format_bytes(answer.chosen.estimate.outside)} of a card go to CUDA, kernels and NCCL, as measured on H200; "
+        f"{HOLES:.0%} more than tensors take is kept for holes between them; nothing else runs on the cards.",
         "The optimizer is AdamW in float32, for the adapter alone.",
         f"Times are bounds from below for {answer.machine.card.name}: nothing waits for anything else but the slowest. "
         "`hf-qlora-fsdp rehearse` measures them.",
