@@ -10,6 +10,7 @@ from typing import Any
 
 from .demo.command import add_arguments as add_demo_arguments
 from .doctor.command import add_arguments as add_doctor_arguments
+from .errors import exit_code_of
 from .planning.command import add_arguments as add_plan_arguments
 from .rehearsal.command import add_arguments as add_rehearsal_arguments
 from .translation import refusal
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (ValueError, OSError) as error:
         print(f"hf-qlora-fsdp: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return exit_code_of(error)
     except KeyboardInterrupt:
         return 130
 

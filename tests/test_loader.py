@@ -519,7 +519,7 @@ def test_ranks_meet_while_files_are_read(ranks, tmp_path):
 
 def test_card_is_asked_again_when_the_ranks_have_met(ranks, tmp_path):
     first, second = ranks.run(meet_on_cards, make_checkpoint(tmp_path), timeout=60)
-    assert second[0] == "DoesNotFit" and "on each of 2 cards" in second[1] and " 0 B are free" in second[1]
+    assert second[0] == "DoesNotFitError" and "on each of 2 cards" in second[1] and " 0 B are free" in second[1]
     assert first[0] == "RankError" and "Rank 1 failed while asking whether the model fits" in first[1]
     assert first[2] == second[2] == 0
 

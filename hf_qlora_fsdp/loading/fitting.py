@@ -14,23 +14,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..errors import DoesNotFitError
 from ..host import free_memory_bytes
 from ..units import format_bytes
-
-
-class DoesNotFit(ValueError):
-    """A place has less free memory than loading takes.
-
-    Args:
-        said (`str`): How much is needed, and how much is free.
-        advice (`str`): What to write instead.
-        place (`str`): `"cuda"`, `"host"` or `"disk"`.
-        missing_bytes (`int`): How much is missing there.
-    """
-
-    def __init__(self, said: str, advice: str, place: str, missing_bytes: int) -> None:
-        super().__init__(f"{said} {advice}")
-        self.said, self.place, self.missing_bytes = said, place, missing_bytes
 
 
 @dataclass(frozen=True)
@@ -96,7 +82,7 @@ def check_fits(model: str, need: Need, device_type: str, available: dict[str, in
         device_type (`str`): Where it computes, `"cuda"` or `"cpu"`.
         available (`dict[str, int]`): What is free, see `available_bytes`. A place that is not in it is not asked.
     Raises:
-        DoesNotFit: A place has less free memory than loading takes. Says by how much, and what would help.
+        DoesNotFitError: A place has less free memory than loading takes. Says by how much, and what would help.
     """
     owners = {
         "cuda": f"each of {need.world_size} cards",
@@ -109,7 +95,7 @@ def check_fits(model: str, need: Need, device_type: str, available: dict[str, in
                 f"{model!r} in 4 bits over {need.world_size} ranks needs {format_bytes(needed)} on {owners[place]} "
                 f"while it loads, and {format_bytes(available[place])} are free."
             )
-            raise DoesNotFit(said, _advice(place, need), place, needed - available[place])
+            raise DoesNotFitError(said, _advice(place, need), place, needed - available[place])
 
 
 def _advice(place: str, need: Need) -> str:

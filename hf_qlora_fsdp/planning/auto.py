@@ -14,6 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from ..errors import DoesNotFitError
 from ..host import free_memory_bytes
 from ..loading.adapters import default_peft_config
 from ..ranks import local_world_size, log_once, rank, world_size
@@ -46,8 +47,8 @@ def apply_plan(args: Any, model: Any, peft_config: Any = None, quantization: Any
         peft_config (`LoraConfig`, *optional*): What is trained.
         quantization (`BitsAndBytesConfig`, *optional*): 4-bit type, in place of the fields of `args`.
     Raises:
-        ValueError: Nothing fits, sequences may have any length, or an option is set that no plan counts. Says what
-            would have to change.
+        DoesNotFitError: Nothing fits. Says what would help.
+        ValueError: Sequences may have any length, or an option is set that no plan counts.
     """
     if not isinstance(model, str):
         log_once("auto_plan=True has no effect: the model is in memory already. Pass its name or folder instead.")
@@ -65,9 +66,9 @@ def apply_plan(args: Any, model: Any, peft_config: Any = None, quantization: Any
         print(f"auto_plan\n{describe(found)}", flush=True)
     if not found.fits:
         changes = "; or ".join(change.text for change in found.changes) or "a smaller model"
-        raise ValueError(
-            f"auto_plan=True found no settings with which {model!r} fits: {'; '.join(found.chosen.obstacles)}. What "
-            f"would help: {changes}."
+        raise DoesNotFitError(
+            f"auto_plan=True found no settings with which {model!r} fits: {'; '.join(found.chosen.obstacles)}.",
+            f"What would help: {changes}.",
         )
     settings = found.chosen.settings
     for name in _PLANNED:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..anatomy import plan_units
+from ..errors import DoesNotFitError
 from ..loading.blueprint import build_quantized_meta_model
-from ..loading.fitting import DoesNotFit
 from ..loading.random_weights import draw_weights
 from ..ranks import world_size
 from ..units import format_bytes, parse_bytes
@@ -86,8 +86,9 @@ def describe_shortage(
     }
 
 
-def describe_refusal(error: DoesNotFit, options: argparse.Namespace) -> dict[str, Any]:
-    """Say the same of a model that was refused before anything was asked for."""
+def describe_refusal(error: DoesNotFitError, options: argparse.Namespace) -> dict[str, Any]:
+    """Say the same of a model that was refused before anything was asked for, since a place has too little."""
+    assert error.place is not None
     advice = {
         "cuda": lambda: advise(options, measure_shapes(options), error.missing_bytes, world_size(), "load"),
         "host": lambda: advise_host(options),

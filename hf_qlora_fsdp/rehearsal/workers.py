@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from ..config import QLoRAFSDPConfig
-from ..loading.fitting import DoesNotFit
+from ..errors import DoesNotFitError
 from ..memory_trace import COLUMNS, MemoryTrace
 from ..ranks import rank, world_size
 from ..sharding import base_model
@@ -103,7 +103,7 @@ class Rehearsal:
         if not refused:
             failure["reason"] = "out of memory"
             failure |= describe_shortage(error, phase, self.options, self.device)
-        elif isinstance(error, DoesNotFit):
+        elif isinstance(error, DoesNotFitError) and error.place is not None:
             failure |= describe_refusal(error, self.options)
         if self.trace is not None:
             self.trace.stop()

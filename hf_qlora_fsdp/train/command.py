@@ -8,7 +8,7 @@
 
 What can be seen to be wrong without a model is seen before any process is started: names (`command_line.py`), numbers
 (`ranges.py`), files, and a Hub that cannot be reached (`conditions.py`). Whatever is wrong is said once and ends with
-exit code 2.
+exit code 2, and what does not fit with 1.
 
 SIGTERM and SIGUSR1 are handed on to the workers, which finish the step, save a checkpoint and exit with 75; so does
 this process then, and the same command with `--resume_from_checkpoint True` goes on.
@@ -147,7 +147,7 @@ def take_part(arguments: Sequence[str]) -> int:
     Raises:
         SystemExit: A signal ended the run and it was saved (75), or `--help` was asked for (0).
     """
-    from ..errors import RankError
+    from ..errors import RankError, exit_code_of
     from ..ranks import rank
 
     run: Run | None = None
@@ -164,7 +164,7 @@ def take_part(arguments: Sequence[str]) -> int:
         if surprising:
             traceback.print_exception(error)
         print(f"hf-qlora-fsdp: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError) else 1
+        return exit_code_of(error)
     except KeyboardInterrupt:  # a terminal sends it to every rank, and each would show where it was
         if rank() == 0:
             print("hf-qlora-fsdp: interrupted. What was saved last can be gone on from.", file=sys.stderr, flush=True)
