@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .cards import CARDS, Card, find_card, find_link
-from .settings import check_count
+from .settings import check_count, read_size
 
 _ABOUT = 0.15
 """Cards whose memory differs by less may be meant where only the memory is said."""
@@ -38,9 +38,9 @@ class Machine:
 def describe_machine(
     num_gpus: int,
     gpus_per_host: int | None,
-    device_memory: int | None,
-    host_memory: int | None,
-    swap: int,
+    device_memory: int | str | None,
+    host_memory: int | str | None,
+    swap: int | str,
     card: str | None,
     link: str | None,
     host_link: str | None,
@@ -60,19 +60,16 @@ def describe_machine(
     if device_memory is None and card is None:
         raise ValueError(
             "Neither the cards nor their memory are given, and a plan is for cards. Give card, one of "
-            f"{', '.join(CARDS)}, or device_memory in bytes."
+            f"{', '.join(CARDS)}, or device_memory, '24GiB' say."
         )
-    if device_memory is not None:
-        check_count("device_memory", device_memory)
-    if host_memory is not None:
-        check_count("host_memory", host_memory)
-    found = find_card(card) if card is not None else _most_like(device_memory or 0)
+    device_bytes = 0 if device_memory is None else read_size("device_memory", device_memory)
+    found = find_card(card) if card is not None else _most_like(device_bytes)
     return Machine(
         num_gpus=num_gpus,
         gpus_per_host=min(per_host, num_gpus),
-        device_bytes=device_memory or found.memory_bytes,
-        host_bytes=host_memory,
-        swap_bytes=swap,
+        device_bytes=device_bytes or found.memory_bytes,
+        host_bytes=None if host_memory is None else read_size("host_memory", host_memory),
+        swap_bytes=read_size("swap", swap, least=0),
         card=found,
         link=find_link(link or found.link),
         host_link=find_link(host_link or found.host_link),

@@ -132,9 +132,9 @@ def plan(
     model: str | PretrainedConfig,
     *,
     num_gpus: int,
-    device_memory: int | None = None,
-    host_memory: int | None = None,
-    swap: int = 0,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    swap: int | str = 0,
     card: str | None = None,
     link: str | None = None,
     host_link: str | None = None,
@@ -158,9 +158,9 @@ def plan(
     Args:
         model (`str` or `PretrainedConfig`): Hub id, folder or `config.json`; nothing else of it is opened.
         num_gpus (`int`): Cards.
-        device_memory (`int`, *optional*): Bytes of each; by default those of `card`.
-        host_memory (`int`, *optional*): Bytes of each host; without limit if not given.
-        swap (`int`): Bytes of swap of each host.
+        device_memory (`int` or `str`, *optional*): Bytes of each, or `"24GiB"`; by default those of `card`.
+        host_memory (`int` or `str`, *optional*): Bytes of each host, likewise; without limit if not given.
+        swap (`int` or `str`): Swap of each host, likewise.
         card (`str`, *optional*): Name of the cards, see `cards.CARDS`; by default one of this memory.
         link (`str`, *optional*), host_link (`str`, *optional*): What joins cards, and a card and its host, see
             `cards.find_link`; by default what is usual for the card.

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..sharding_policy import ShardingPolicy
 from ..translation import nearest
+from ..units import parse_bytes
 from .weighing import ModelWeight
 
 
@@ -130,6 +131,20 @@ def is_possible(settings: Settings, num_layers: int) -> bool:
         or (settings.checkpoint_layers is not None and not settings.gradient_checkpointing)
         or (settings.cpu_offload_layers is not None and not settings.cpu_offload)
     )
+
+
+def read_size(name: str, value: int | str, least: int = 1) -> int:
+    """Return bytes, which may be written as people do, `"24GiB"`.
+
+    Raises:
+        ValueError: It is no size, or smaller than it can be.
+    """
+    if not isinstance(value, str):
+        return check_count(name, value, least)
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r}: {error}") from None
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:

@@ -259,6 +259,21 @@ def test_no_published_run_is_claimed_to_take_more(published_bytes, num_gpus, ada
     assert 0.4 * published_bytes < taken <= published_bytes
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"device_memory": "24"}, "device_memory='24': '24' is not a size"),
+        ({"device_memory": -1}, "device_memory=-1"),
+        ({"device_memory": "24GiB", "host_memory": "much"}, "host_memory='much'"),
+        ({"device_memory": "24GiB", "swap": -1}, "swap=-1"),
+        ({}, "device_memory, '24GiB' say"),
+    ],
+)
+def test_sizes_that_are_none(sizes, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plan(config_of(SIZES | TINY["llama"]), num_gpus=2, **sizes)
+
+
 # ---- The search ------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +290,7 @@ def test_what_is_said_to_be_as_fast_takes_no_less_of_the_host():
 
 
 def test_the_fastest_that_fits_is_chosen():
-    found = plan(config_of(LLAMA_70B), num_gpus=2, card="4090", host_memory=64 * GIB)
+    found = plan(config_of(LLAMA_70B), num_gpus=2, card="4090", host_memory="64GiB")
     chosen = found.chosen
     assert found.fits and 0 <= found.margin_bytes < found.machine.device_bytes
     assert chosen.estimate.card_bytes <= found.machine.device_bytes
@@ -336,7 +351,8 @@ def test_the_least_change_that_would_help_helps(machine, helps):
 
 def test_swap_serves_what_is_not_pinned():
     given: dict[str, Any] = {"num_gpus": 2, "device_memory": 8 * GIB, "host_memory": 24 * GIB, "target_batch": 2}
-    found = plan(config_of(LLAMA_70B), **given, swap=64 * GIB)
+    found = plan(config_of(LLAMA_70B), **given, swap="64GiB")
+    assert found.machine.swap_bytes == 64 * GIB
     assert found.fits and found.chosen.settings.cpu_offload and not found.chosen.settings.cpu_offload_pin_memory
 
 
