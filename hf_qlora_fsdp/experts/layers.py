@@ -268,10 +268,18 @@ class _PackedProduct(torch.autograd.Function):
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model that hold experts in parameters of three dimensions, with their names."""
+    """Yield the modules of a model that hold experts in parameters of their own, with their names.
+
+    Such parameters have three dimensions, or two where experts lie one above the other, as those of DBRX.
+    """
     for name, module in model.named_modules():
+        if isinstance(module, Experts4bit | nn.Linear | nn.Embedding):
+            continue
         parameters = dict(module.named_parameters(recurse=False))
-        if any(weight.ndim >= 3 and "expert" in f"{name}.{leaf}" for leaf, weight in parameters.items()):
+        if any(
+            (weight.ndim >= 3 and "expert" in f"{name}.{leaf}") or (weight.ndim == 2 and "expert" in name)
+            for leaf, weight in parameters.items()
+        ):
             yield name, module
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from hf_qlora_fsdp.experts.layers import PROJECTIONS, Experts4bit, fused_experts
 from hf_qlora_fsdp.loader import load_quantized_model
@@ -113,6 +113,16 @@ def test_experts_quantised_in_another_way_are_refused(tmp_path: Path) -> None:
     built = build(tmp_path, bnb_4bit_quant_type="nf4")
     with pytest.raises(ValueError, match=r"experts\.0\.w1\.weight.*double_quant=False.*16-bit checkpoint"):
         plan_checkpoint(built, Weights(find_weights(str(tmp_path))), torch.float32)
+
+
+def test_experts_without_a_third_dimension_are_refused_by_name(tmp_path: Path) -> None:
+    """Those of DBRX lie one above the other in matrices that are no linear layers, which bitsandbytes leaves alone."""
+    sizes = {"ffn_hidden_size": INTERMEDIATE, "moe_num_experts": NUM_EXPERTS, "moe_top_k": 2}
+    attention = {"kv_n_heads": 2, "rope_theta": 1e4}
+    config = AutoConfig.for_model("dbrx", d_model=HIDDEN, n_layers=2, ffn_config=sizes, attn_config=attention)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"DbrxExpertGLU.*\['v1', 'w1', 'w2'\].*1\.1 MiB in 16 bits"):
+        build(tmp_path)
 
 
 def test_experts_may_be_left_in_16_bits(tmp_path: Path) -> None:
