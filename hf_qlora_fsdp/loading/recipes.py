@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..experts.layers import Experts4bit
 from ..packed_linear import PackedLinear4bit
+from ..packing import PackedLayout
 from .weights import Weights
 
 _QUANT_STATE_SUFFIX = re.compile(
@@ -245,6 +246,12 @@ def _convert(recipe: Recipe, read: Callable[[str], torch.Tensor]) -> dict[str, t
 
 def _check_shapes(recipe: Recipe, weights: Weights) -> None:
     assert recipe.shapes is not None
+    (name, *_) = recipe.stored_names
+    if f"{name}.absmax" in weights.tensors:
+        raise ValueError(
+            f"{name!r} is stored in 4 bits, but not as one matrix: what is in it shares its scales, and is not taken "
+            "apart. Load the 16-bit checkpoint instead; it is quantised while it is read."
+        )
     if recipe.converter is None:
         shapes = {recipe.targets[0]: weights.tensors[recipe.stored_names[0]].shape}
     else:
@@ -261,6 +268,22 @@ def _check_shapes(recipe: Recipe, weights: Weights) -> None:
             )
 
 
+def stored_router_layout(recipe: Recipe, model: PreTrainedModel, weights: Weights) -> PackedLayout | None:
+    """Return how a matrix is stored in 4 bits that is no linear layer's now, as routers were one before transformers 5.
+
+    In the model it is in 16 bits. For what is a linear layer, left in 16 bits or not, this is `None`.
+    """
+    path, _, leaf = recipe.targets[0].rpartition(".")
+    module = model.get_submodule(path)
+    if recipe.converter is not None or not recipe.quant_state or isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        return None
+    quant_type, double_quant, codes_bytes, _ = stored_kind(recipe.stored_names[0], recipe.quant_state, weights)
+    shape = tuple(getattr(module, leaf).shape)
+    if len(shape) != 2 or math.prod(shape) != 2 * codes_bytes:
+        return None
+    return PackedLayout((shape[0], shape[1]), quant_type, double_quant)
+
+
 def stored_kind(name: str, state: Mapping[str, str], weights: Weights) -> tuple[str, bool, int, int]:
     """Return of a stored quantised weight what the headers say: its type, `double_quant`, bytes of codes and scales."""
     marker = next((part for part in state if part.startswith("quant_state.")), "")
@@ -270,6 +293,8 @@ def stored_kind(name: str, state: Mapping[str, str], weights: Weights) -> tuple[
 
 def _check_quantized(recipe: Recipe, model: PreTrainedModel, weights: Weights) -> None:
     """Check from the headers that a stored quantised weight has a 4-bit layer, of its own kind and size, to go to."""
+    if stored_router_layout(recipe, model, weights):
+        return
     name, target = recipe.stored_names[0], recipe.targets[0]
     module = model.get_submodule(target.rpartition(".")[0])
     if recipe.converter is not None or not isinstance(module, PackedLinear4bit):

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..experts.layers import Experts4bit
 from ..packed_linear import PackedLinear4bit
-from ..packing import pack, quantize
+from ..packing import PackedLayout, dequantize, pack, quantize
 from .expert_recipes import bytes_at_a_time, check_stack, make_stack, reading_order, transient_bytes
 from .recipes import Recipe, plan_recipes, stacked_experts
 from .weights import Weights
@@ -156,6 +156,8 @@ def _quantize_stored(recipe: Recipe, weights: Weights, slots: Slots, device: tor
         slot = slots[target]
         if scales and slot.is_packed:
             made[target] = _take_over(tensor, scales, slot, device)
+        elif scales:
+            made[target] = _dequantize(tensor, scales, slot, device)
         else:
             made[target] = finish(tensor, slot, device)
     return made
@@ -176,6 +178,14 @@ def finish(tensor: torch.Tensor, slot: Slot, device: torch.device) -> torch.Tens
     weight = tensor.to(device, module.compute_dtype)
     weight = weight.t() if module.source_cls is Conv1D else weight
     return quantize(weight, module.layout, slot.tensor.dtype)
+
+
+def _dequantize(codes: torch.Tensor, scales: dict[str, torch.Tensor], slot: Slot, device: torch.device) -> torch.Tensor:
+    """Bring a matrix that was stored quantised into 16 bits, as one of a module that is no linear layer any more."""
+    num_rows, num_columns = slot.tensor.shape
+    state = QuantState.from_dict(scales, device=device)
+    layout = PackedLayout((num_rows, num_columns), state.quant_type, state.nested, state.blocksize)
+    return dequantize(pack(codes.to(device), state, layout, torch.uint8), layout, slot.tensor.dtype)
 
 
 def _take_over(codes: torch.Tensor, scales: dict[str, torch.Tensor], slot: Slot, device: torch.device) -> torch.Tensor:

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..anatomy import build_meta_model, is_tied, keep_in_float32
 from ..loading.blueprint import pack_expert_layers, pack_linear_layers
 from ..loading.expert_recipes import check_stack, find_parts
-from ..loading.recipes import Recipe, logical_shape, plan_recipes, stacked_experts
+from ..loading.recipes import Recipe, logical_shape, plan_recipes, stacked_experts, stored_router_layout
 from ..loading.weights import Weights
 from ..lora_math import Edit, Part, same_effect
 from ..packed_linear import PackedLinear4bit
@@ -217,6 +217,7 @@ class MergePlan:
             return
         layer, scales = self._layer(target), recipe.quant_state
         layout, turned = (layer.layout, layer.source_cls is Conv1D) if layer else (None, False)
+        layout = layout or stored_router_layout(recipe, self.model, self.weights)
         twins = [name for name, source in self.model.all_tied_weights_keys.items() if source == target]
         split = [name for name in twins if name in self.untied]
         # A tied weight may be stored under the name of either of the two, or of both.

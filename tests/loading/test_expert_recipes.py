@@ -58,11 +58,11 @@ def write_fused(folder: Path, model: Any) -> None:
     save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def quantize_stored(folder: Path, **options: Any) -> None:
-    """Store the experts' matrices as bitsandbytes did when each was a linear layer."""
+def quantize_stored(folder: Path, *others: str, **options: Any) -> None:
+    """Store the experts' matrices as bitsandbytes did when each was a linear layer, and so others by their names."""
     tensors, file = {}, folder / "model.safetensors"
     for name, tensor in load_file(file).items():
-        if ".experts." not in name:
+        if not any(part in name for part in (".experts.", *others)):
             tensors[name] = tensor
             continue
         codes, state = bnb_functional.quantize_4bit(tensor, quant_type="nf4", **options)
@@ -113,6 +113,29 @@ def test_experts_quantised_in_another_way_are_refused(tmp_path: Path) -> None:
     built = build(tmp_path, bnb_4bit_quant_type="nf4")
     with pytest.raises(ValueError, match=r"experts\.0\.w1\.weight.*double_quant=False.*16-bit checkpoint"):
         plan_checkpoint(built, Weights(find_weights(str(tmp_path))), torch.float32)
+
+
+def test_experts_quantised_as_one_tensor_are_refused(tmp_path: Path) -> None:
+    write_fused(tmp_path, make_moe("mixtral"))
+    quantize_stored(tmp_path, compress_statistics=True)
+    built = build(tmp_path, bnb_4bit_quant_type="nf4")
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.\w+_proj' is stored in 4 bits.*16-bit checkpoint"):
+        plan_checkpoint(built, Weights(find_weights(str(tmp_path))), torch.float32)
+
+
+def test_a_router_that_is_stored_in_4_bits_is_in_16(tmp_path: Path) -> None:
+    """It was a linear layer when bitsandbytes stored it, and is none in transformers 5."""
+    model = make_moe("mixtral")
+    model.save_pretrained(tmp_path)
+    quantize_stored(tmp_path, ".gate.", compress_statistics=True)
+    built = build(tmp_path, bnb_4bit_quant_type="nf4")
+    router, name = built.model.layers[1].mlp.gate, "model.layers.1.mlp.gate.weight"
+    plan = plan_checkpoint(built, Weights(find_weights(str(tmp_path))), torch.float32)
+    (piece,) = (piece for piece in plan.pieces if name in piece.targets)
+    made = piece.make({name: Slot(router.weight, router, "weight")}, torch.device("cpu"))[name]
+    given = model.model.layers[1].mlp.gate.weight
+    codes, state = bnb_functional.quantize_4bit(given, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(made, bnb_functional.dequantize_4bit(codes, state)) and not torch.equal(made, given)
 
 
 def test_experts_without_a_third_dimension_are_refused_by_name(tmp_path: Path) -> None:
