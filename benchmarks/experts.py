@@ -7,7 +7,7 @@ All rows took 7.5 minutes on two H200 (28 November 2026), 30 to 50 s a row of 8x
 pins 48 GiB of the host, and Qwen3-MoE. Stock writes 13 GB to `TMPDIR` first. What runs when `--minutes` are over is
 ended, and what has not run is said:
 
-    NCCL_BUFFSIZE=1048576 NCCL_MAX_NCHANNELS=8 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+    NCCL_BUFFSIZE=1048576 NCCL_MAX_NCHANNELS=8 NCCL_NVLS_ENABLE=0 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
         python benchmarks/experts.py --minutes 9.5 --row mixtral-attention --row mixtral-experts \
         --row mixtral-experts-offload --row mixtral-4-layers --row mixtral-4-layers-stock --row mixtral-8x22b \
         --row qwen3-moe-30b

@@ -18,10 +18,13 @@ and nothing is saved. The choice here:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
@@ -42,6 +45,25 @@ class Unit:
     is_decoder_layer: bool = False
 
 
+_LARGE_NUMEL = 1 << 24
+
+
+class _LargeZerosWithoutMemory(TorchFunctionMode):
+    """Makes zeros that no buffer has as many of without memory at once.
+
+    accelerate takes the memory of parameters away when they are registered. Most are made by `torch.empty`, of which no
+    page has been touched by then, but Llama 4 makes its experts by `torch.zeros`: gigabytes a layer, for a minute.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.zeros and "device" not in kwargs:
+            shape = args[0] if args and not isinstance(args[0], int) else kwargs.get("size", args)
+            if math.prod(shape) >= _LARGE_NUMEL:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, **kwargs: object) -> PreTrainedModel:
     """Build a causal LM whose parameters have shapes but no memory.
 
@@ -59,7 +81,7 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype, **kwargs: obj
     from transformers.initialization import no_init_weights
 
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with _LargeZerosWithoutMemory(), init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, Llama4TextConfig, PreTrainedModel
 
 from hf_qlora_fsdp.anatomy import Unit, build_meta_model, decoder_layers, is_tied, keep_in_float32, plan_units
 from tests.tiny import make_model
@@ -86,6 +87,29 @@ def test_weights_without_memory_are_not_initialised(monkeypatch):
     initialised.clear()
     build("llama")
     assert not initialised
+
+
+def test_experts_made_of_zeros_take_no_memory_either():
+    """Llama 4's, a layer of which has gigabytes."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 512, "intermediate_size_mlp": 512, "num_local_experts": 16}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+    config = Llama4TextConfig(**sizes, **heads, num_hidden_layers=2, moe_layers=[0, 1], vocab_size=64)
+    made: list[int] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.namespace == "aten" and "zeros" in func.__name__ and not result.is_meta:
+                made.append(result.numel())
+            return result
+
+    with Seen():
+        model = build_meta_model(config, torch.bfloat16)
+    experts = model.model.layers[0].feed_forward.experts.gate_up_proj
+    assert experts.is_meta and experts.shape == (16, 1024, 1024) and experts.dtype == torch.bfloat16
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert max(made, default=0) < 16 * 1024 * 512
 
 
 def test_class_to_wrap_can_be_given():
