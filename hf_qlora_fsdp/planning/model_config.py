@@ -51,9 +51,15 @@ def read_config(model: str | PretrainedConfig, *, trust_remote_code: bool = Fals
 
 
 def _is_given(name: str, config: PretrainedConfig, written: dict[str, Any]) -> bool:
-    """Return whether a size is written, in the config or in the one of the text within it."""
+    """Return whether a size is written, in the config or in the one of the text within it.
+
+    What a class computes is as good: Nemotron-H lists its layers, and their number is that of the list.
+    """
+    text = config.get_text_config()
+    if isinstance(getattr(type(text), name, None), property):
+        return True
     inner = next((part for part in written.values() if isinstance(part, dict) and _SIZES[0] in part), {})
-    return bool({name, config.get_text_config().attribute_map.get(name)} & {**written, **inner}.keys())
+    return bool({name, text.attribute_map.get(name)} & {**written, **inner}.keys())
 
 
 def _has_default(name: str, config: PretrainedConfig) -> bool:

@@ -535,6 +535,10 @@ def test_bad_options_are_refused_with_2(words, said, folder, capsys):
         assert said in capsys.readouterr().err
 
 
+LISTED = {name: size for name, size in SIZES.items() if name != "num_hidden_layers"}
+LISTED |= {"layers_block_type": ["mamba", "moe"]}  # whose length their number is
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -551,6 +555,7 @@ def test_bad_options_are_refused_with_2(words, said, folder, capsys):
         ({"model_type": "llama", **SIZES, "hidden_size": -128}, "hidden_size=-128"),
         ({"model_type": "llama", **SIZES, "num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"model_type": "llama", **SIZES, "vocab_size": 0}, "vocab_size=0"),
+        ({"model_type": "nemotron_h", **LISTED}, "NemotronHExperts has no gate"),
         ({"model_type": "no_such", **SIZES, "auto_map": {"AutoConfig": "code.Config"}}, "give --trust-remote-code"),
         *(
             ({"model_type": "llama", **{key: value for key, value in SIZES.items() if key != name}}, f"not say {name}")
