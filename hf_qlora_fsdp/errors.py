@@ -18,8 +18,11 @@ class DoesNotFitError(ValueError):
     """
 
     def __init__(self, said: str, advice: str, place: str | None = None, missing_bytes: int | None = None) -> None:
-        super().__init__(f"{said} {advice}")
-        self.said, self.place, self.missing_bytes = said, place, missing_bytes
+        super().__init__(said, advice, place, missing_bytes)  # what it is made of again where it is unpickled
+        self.said, self.advice, self.place, self.missing_bytes = said, advice, place, missing_bytes
+
+    def __str__(self) -> str:
+        return f"{self.said} {self.advice}"
 
 
 class ShardingError(RuntimeError):

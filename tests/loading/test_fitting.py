@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
+from hf_qlora_fsdp.errors import DoesNotFitError
 from hf_qlora_fsdp.loading.fitting import Need, available_bytes, check_fits
 from tests.tiny import make_checkpoint
 
@@ -44,6 +47,14 @@ def test_what_fits_to_the_byte_is_let_through():
     with pytest.raises(ValueError, match="host"):
         check_fits("m", need(), "cuda", enough | {"host": enough["host"] - 1})
     check_fits("m", need(), "cuda", {"cuda": enough["cuda"]})  # the host is not asked
+
+
+def test_a_refusal_reaches_another_process_whole():
+    """Pools and launchers pickle what their processes raise, and hang or fail where it cannot be read back."""
+    with pytest.raises(DoesNotFitError) as caught:
+        check_fits("m", need(), "cuda", {"cuda": 0})
+    arrived = pickle.loads(pickle.dumps(caught.value))
+    assert str(arrived) == str(caught.value) and vars(arrived) == vars(caught.value)
 
 
 @pytest.mark.parametrize(
