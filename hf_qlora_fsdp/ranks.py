@@ -27,7 +27,8 @@ from .errors import RankError
 logger = logging.getLogger("hf_qlora_fsdp")
 
 _GLOO_THREAD = "pt_gloo_runloop"
-_SECONDS_BETWEEN_LOOKS, _MOST_SECONDS_FOR_THREADS = 0.012, 10.0
+_SECONDS_BETWEEN_LOOKS, _MOST_SECONDS_FOR_THREADS, _SECONDS_UNSEEN = 0.012, 10.0, 0.3
+_THREADS = Path("/proc/self/task")
 
 
 def rank() -> int:
@@ -129,22 +130,30 @@ def _wait_for_gloo() -> None:
     """
     stop_at = time.monotonic() + _MOST_SECONDS_FOR_THREADS
     before: dict[str, str] = {}
-    while (now := _look_at_gloo()) and time.monotonic() < stop_at:
-        if now == before and all(state.startswith("S") for state in now.values()):
-            return
-        before = now
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    try:
+        while (now := _look_at_gloo()) and time.monotonic() < stop_at:
+            if now == before and all(state.startswith("S") for state in now.values()):
+                return
+            before = now
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    except (OSError, KeyError):  # no Linux, or one that says less: there is nothing to go by but time
+        time.sleep(_SECONDS_UNSEEN)
 
 
 def _look_at_gloo() -> dict[str, str]:
-    """Return for each of gloo's threads its state (`"S"`: it sleeps) and how often it has given up its core."""
+    """Return for each of gloo's threads its state (`"S"`: it sleeps) and how often it has given up its core.
+
+    Raises:
+        OSError, KeyError: The system does not say.
+    """
     seen = {}
-    for task in Path("/proc/self/task").glob("*/status"):
+    for thread in _THREADS.iterdir():
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            fields = dict(line.split(":\t", 1) for line in task.read_text().splitlines() if ":\t" in line)
+            lines = (thread / "status").read_text().splitlines()
+            fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
             if fields["Name"] == _GLOO_THREAD:
                 counts = fields["voluntary_ctxt_switches"], fields["nonvoluntary_ctxt_switches"]
-                seen[task.parent.name] = " ".join((fields["State"], *counts))
+                seen[thread.name] = " ".join((fields["State"], *counts))
     return seen
 
 

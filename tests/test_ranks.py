@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
+from hf_qlora_fsdp import ranks as ranks_module
 from hf_qlora_fsdp.errors import RankError
 from hf_qlora_fsdp.ranks import fail_together, join_process_group, local_world_size, log_once, rank, world_size
 from tests.distributed import run_ranks
@@ -142,3 +145,17 @@ def test_gloos_threads_let_go_of_their_tensors_before_the_interpreter_ends():
     processes = [subprocess.Popen(command, env=unlaunched(), stderr=subprocess.PIPE, text=True) for _ in range(3)]
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
+
+
+@pytest.mark.parametrize("system", ["has no such folder", "counts no switches"])
+def test_where_threads_cannot_be_seen_they_are_given_time(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not every system is a Linux, nor tells as much as one."""
+    if system == "counts no switches":
+        (tmp_path / "task" / "7").mkdir(parents=True)
+        (tmp_path / "task" / "7" / "status").write_text("Name:\tpt_gloo_runloop\nState:\tS (sleeping)\n")
+    monkeypatch.setattr(ranks_module, "_THREADS", tmp_path / "task")
+    started = time.monotonic()
+    ranks_module._wait_for_gloo()
+    assert 0.3 <= time.monotonic() - started < 10
