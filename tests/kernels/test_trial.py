@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from hf_qlora_fsdp.kernels.trial import tried
+from hf_qlora_fsdp.kernels.trial import OtherNumbers, tried
 
 
 def test_a_kernel_is_tried_once_for_each_kind_and_one_line_says_why_it_is_not_used(
@@ -28,3 +28,13 @@ def test_a_kernel_is_tried_once_for_each_kind_and_one_line_says_why_it_is_not_us
     (line,) = caplog.messages
     assert line.startswith("Sheep are counted one by one. RuntimeError: at 3:7: sheep += wolf ^^^")
     assert "\n" not in line and len(line) < 600
+
+
+def test_a_kernel_with_other_numbers_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    @tried("Goats are counted one by one.")
+    def find() -> str:
+        raise OtherNumbers("Two and two are five here.")
+
+    with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
+        assert find() is None
+    assert caplog.messages == ["Goats are counted one by one. Two and two are five here."]
