@@ -104,6 +104,23 @@ def comparisons():
         yield planner_table, planner_table.compare()
 
 
+def test_runs_of_one_day_are_kept_apart(tmp_path, monkeypatch):
+    """What a later one did not come to measure is not taken from it, nor what it did from the one before."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import planner_table
+
+    runs = [(6, {"fits": 0, "allocated, steady": 20.4, "host": 9.9}), (8, {"fits": 0, "host": 4.0})]
+    file = tmp_path / "results.csv"
+    lines = ["date,claim,value,unit,command,hardware,versions"]
+    for steps, figures in runs:
+        command = f"python benchmarks/offload.py --row 70b-resident --steps {steps}"
+        for name, value in figures.items():
+            lines.append(f'2026-11-28,"70b-resident: {name}",{value},GiB,{command},2x NVIDIA H200,torch==2.11.0')
+    file.write_text("\n".join(lines))
+    (run,) = planner_table.read_runs(file)
+    assert run.figures == {name: value * 2**30 for name, value in runs[0][1].items()}
+
+
 def test_table_of_plans_is_the_generated_one(comparisons):
     module, found = comparisons
     table = f"<!-- python benchmarks/planner_table.py -->\n{module.format_table(found)}\n<!-- end of table -->"
