@@ -26,7 +26,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
-from hf_qlora_fsdp import cli
+from hf_qlora_fsdp import cli, packing
 from hf_qlora_fsdp.experts.layers import Experts4bit
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.packed_linear import PackedLinear4bit
@@ -171,11 +171,16 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-def test_of_large_weights_a_piece_is_there_in_16_bits(weights, fuse):
-    """Half of [28672, 8192], of the MLP. Nothing else is dequantised, and scales are no part of it."""
-    weight = weights["70b"]
+@pytest.mark.parametrize(("shape", "rows", "columns"), [("70b", 14336, 8192), ("8b", 14336, 4096)])
+def test_of_large_weights_a_piece_is_there_in_16_bits(weights, shape, rows, columns, fuse, monkeypatch):
+    """Half of [28672, 8192], of the MLP, all of [14336, 4096]. Scales are no part of it, nor of what is computed."""
+    weight = weights[shape]
     trial = try_layer(weight, weight.layers[0].kind, batch=1, seq=2048, fuse=fuse)
-    assert {trial.forward["dequantised weights"], trial.backward["dequantised weights"]} == {2 * 14336 * 8192}
+    assert {trial.forward["dequantised weights"], trial.backward["dequantised weights"]} == {2 * rows * columns}
+    monkeypatch.setattr(packing, "PIECE_BYTES", 1 << 40)
+    whole = try_layer(replace(weight, trials={}), weight.layers[0].kind, batch=1, seq=2048, fuse=fuse)
+    for pieces, at_once in ((trial.forward, whole.forward), (trial.backward, whole.backward)):
+        assert pieces["activations"] == at_once["activations"]
 
 
 UNUSUAL: dict[str, dict[str, Any]] = {
