@@ -24,7 +24,7 @@ What a card holds of a Mixtral-8x7B over two (46.4 billion parameters in decoder
      1.6 GiB  LoRA r=16 on every expert, its float32 masters, gradients and moments, halved
      1.2 GiB  activations: 0.5 that go into layers, and those inside the one that runs
      0.3 GiB  experts in 16 bits, a chunk at a time; 0.2 GiB embedding and head, halved
-     1.6 GiB  context, NCCL and kernels
+     1.2 GiB  context, NCCL and kernels
 
 A layer that is offloaded frees 0.35 GiB of that, and two that are on their way take as much each; the row of 16 GiB
 offloads as many as make up for its LoRA on experts. Of a Mixtral-8x22B, a layer is 0.60 GiB a card, 33.5 GiB in all;

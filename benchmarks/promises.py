@@ -34,7 +34,7 @@ from hf_qlora_fsdp.units import format_bytes, parse_bytes
 GIB, GB = 2**30, 10**9
 RESULTS = Path(__file__).parent / "results.csv"
 COLUMNS = ("date", "claim", "value", "unit", "command", "hardware", "versions")
-_VARIABLES = re.compile("NCCL_(?!VERSION)|PYTORCH_")
+_VARIABLES = re.compile("NCCL_(?!VERSION|.*FILE)|PYTORCH_(CUDA_)?ALLOC_CONF")
 """Those that change what lies beside torch's tensors, and what holes there are between them."""
 STOP_SECONDS = 60
 """Kept back of `--minutes` for ending a run that takes too long, and for clearing up."""
