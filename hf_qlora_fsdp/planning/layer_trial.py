@@ -108,8 +108,6 @@ class _Meter(TorchDispatchMode):
             return _spread_rows(args[0].numel(), args[1].numel())  # where the rows of each expert end
         if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0]  # rotary frequencies that depend on positions: others have the same shape
-        if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
-            return args[0]  # rotary frequencies that depend on positions: others have the same shape
         result = func(*args, **(kwargs or {}))
         cause = "dequantised weights" if func.namespace == "bitsandbytes" else "activations"
         pytree.tree_map_only(torch.Tensor, lambda tensor: self._count(tensor, cause), result)
