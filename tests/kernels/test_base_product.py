@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_qlora_fsdp import packing
+from hf_qlora_fsdp.kernels.base_product import multiply_base
 from hf_qlora_fsdp.kernels.lora_group import apply_lora_group
 from hf_qlora_fsdp.kernels.lora_linear import apply_lora_linear
 from hf_qlora_fsdp.packed_linear import PackedLinear4bit
@@ -179,3 +180,16 @@ def test_one_piece_is_there_at_a_time(kind: str, bias: bool, num_pieces: int, mo
     ]
     assert unpacked.most == max(piece.numel * dtype.itemsize for piece in pieces)
     assert unpacked.now == 0 and unpacked.num_weights >= len(pieces)
+
+
+def test_a_bias_is_rounded_into_the_sum_once(num_pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes all but the rounding of the product away: were that rounded first, nothing would be left."""
+    dtype = torch.bfloat16
+    case = make_case("layer", dtype, False)
+    (base,) = case.bases
+    x = torch.randn(1, case.columns, generator=torch.Generator().manual_seed(4)).to(dtype)
+    exact = x.double() @ base.dequantize(dtype).double().T
+    bias = -exact[0].to(dtype)
+    cut(monkeypatch, case, dtype, num_pieces)
+    error = (multiply_base(x, base, bias).double() - (exact + bias.double())).norm()
+    assert error <= 0.02 * (exact + bias.double()).norm()
