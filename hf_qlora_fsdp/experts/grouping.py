@@ -72,8 +72,8 @@ class Groups:
         """Yield runs of neighbouring groups, as `(start, stop)`, that cover those that have rows.
 
         Where a run is one launch, it goes on over groups without rows: their matrices are made in vain, which costs
-        less than to begin again behind each of them. One expert of Qwen3-30B-A3B is made in 3 microseconds by an H100,
-        and a run costs ten launches. In a loop, groups without rows are left out.
+        less than to begin again behind each of them. One expert of Qwen3-30B-A3B takes 3 microseconds by the rate of an
+        H100's memory, and a run ten launches. In a loop, groups without rows are left out.
 
         Args:
             longest (`int`): Groups that a run may have. If it may have all of them, and there are enough rows for each
@@ -103,16 +103,21 @@ class Groups:
             yield run[0], run[-1] + 1
 
 
+def runs_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a device has `grouped_mm` for this dtype, and say so once if it has not."""
+    if device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)):
+        log_once("grouped_mm needs bfloat16 and a GPU of compute capability 8.0: experts take turns instead.")
+        return False
+    return True
+
+
 def can_fuse(x_SK: torch.Tensor, w_GKN: torch.Tensor) -> bool:
     """Return whether `grouped_mm` takes these, and say so once if it does not.
 
     Source:
         `_can_use_grouped_mm` (transformers/integrations/moe.py), and the checks of `torch.nn.functional.grouped_mm`.
     """
-    if x_SK.device.type == "cuda" and (
-        x_SK.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x_SK.device) < (8, 0)
-    ):
-        log_once("grouped_mm needs bfloat16 and a GPU of compute capability 8.0: experts take turns instead.")
+    if not runs_grouped_mm(x_SK.device, x_SK.dtype):
         return False
     if any(columns * x_SK.dtype.itemsize % 16 for columns in w_GKN.shape[1:]):
         log_once(

@@ -44,7 +44,7 @@ from transformers.activations import ACT2FN
 from ..kernels.silu_product import SiluOfHalves
 from ..packing import PackedLayout, quantize
 from ..units import format_bytes
-from .grouping import Groups, Reordered, RowsOfTokens, multiply_groups
+from .grouping import Groups, Reordered, RowsOfTokens, multiply_groups, runs_grouped_mm
 from .stacks import StackLayout, dequantize_pieces, insert_piece
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -155,7 +155,8 @@ class Experts4bit(nn.Module):
         """
         num_tokens, top_k = top_k_index.shape
         expert_of_row, order = top_k_index.reshape(-1).sort(stable=True)
-        groups = Groups.count(expert_of_row, self.num_experts, self.is_fused)
+        fused = self.is_fused and runs_grouped_mm(hidden_states.device, self.compute_dtype)
+        groups = Groups.count(expert_of_row, self.num_experts, fused)
         place_of_row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         x = RowsOfTokens.apply(hidden_states.to(self.compute_dtype), order, place_of_row, top_k)
         for name in PROJECTIONS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_qlora_fsdp.experts.grouping import Groups, grouped_product, multiply_groups
+from hf_qlora_fsdp.experts.grouping import Groups, grouped_product, multiply_groups, runs_grouped_mm
 
 SIZES = [0, 3, 5, 0, 0, 1, 2, 0]
 
@@ -77,6 +77,13 @@ def test_a_stride_that_grouped_mm_does_not_take(caplog: pytest.LogCaptureFixture
     x, w = torch.eye(3, 8, dtype=torch.bfloat16), torch.ones(2, 8, 4, dtype=torch.bfloat16)
     assert torch.equal(grouped_product(x, w, groups), torch.ones(3, 4, dtype=torch.bfloat16))
     assert "8 x 4" in caplog.text
+
+
+def test_float16_has_no_grouped_product_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    """Known before rows are grouped, so that nothing is made in vain for a launch that there will not be."""
+    assert not runs_grouped_mm(torch.device("cuda"), torch.float16)
+    assert "experts take turns" in caplog.text
+    assert runs_grouped_mm(torch.device("cpu"), torch.float16)
 
 
 def test_runs_of_groups_that_have_rows() -> None:
