@@ -5,7 +5,7 @@ stock TRL with FSDP2, bitsandbytes and PEFT, Llama shapes and random weights. A 
 before and after; a run's figure is the median over its repetitions, each the median of ten steps after warm-up. One
 group of processes does all runs of a kind, each on a fresh model, and two on one GPU each run side by side.
 
-    python benchmarks/throughput.py --profile /tmp/profiles      # all rows, and a profile of each run
+    python benchmarks/throughput.py --profile /tmp/profiles      # all rows, and profiles of ours
 
 Where a call may take ten minutes, three calls do all rows on two H100s; stock runs in each that compares with it. The
 minutes are reckoned from the rates in `results.csv` and 30 s for each start, 5 to 17 s for each of our loads, 20 s for
@@ -194,7 +194,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a repetition (%(default)s)")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=3, help="steps before them (%(default)s)")
-    parser.add_argument("--profile", type=Path, help="folder for a profile of one more step of each run")
+    parser.add_argument("--profile", type=Path, help="folder for a profile of one more step of each of our runs")
     parser.add_argument("--checkpoints", type=Path, help="folder for stock's random weights, to find them again")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")

@@ -80,6 +80,10 @@ class Run:
         """Return how many steps are taken, less the one that is profiled."""
         return self.num_steps or options.warm_up + options.steps * options.repetitions
 
+    def is_profiled(self, options: argparse.Namespace) -> bool:
+        """Return whether one more step is taken under the profiler, which takes it some seconds to write."""
+        return bool(options.profile) and self.kind != "stock" and not self.num_steps
+
 
 OURS = {"kind": "ours", "num_ranks": 2, "liger": True}
 HUNDRED = {"shape": "llama-3.2-1b", "batch": 2, "num_steps": 100, "options": (("learning_rate", 1e-3),)}
@@ -151,7 +155,7 @@ def run(name: str, this: Run, options: argparse.Namespace) -> dict[str, Any]:
     cap = MemoryCap(this.cap_gib << 30, device) if this.cap_gib and on_gpu else None
     rate = measure_matmul_rate(device, torch.bfloat16) if name == "ours-70b" else 0.0
     began = time.monotonic()
-    watch = Watch(options, device, cap, options.profile / f"{name}.txt" if options.profile else None)
+    watch = Watch(options, device, cap, options.profile / f"{name}.txt" if this.is_profiled(options) else None)
     trainer = make_trainer(this, options.folder / shape, args, make_data(this, options), device, watch)
     trainer.remove_callback(PrinterCallback)
     ready_seconds = time.monotonic() - began
@@ -193,7 +197,7 @@ def make_args(this: Run, options: argparse.Namespace, device: torch.device) -> S
     """Return the arguments: the same for all, and what the run is about."""
     shared: dict[str, Any] = {
         "output_dir": str(options.folder / "output"),
-        "max_steps": this.count_steps(options) + bool(options.profile),
+        "max_steps": this.count_steps(options) + this.is_profiled(options),
         "per_device_train_batch_size": this.batch,
         "bf16": True,
         "learning_rate": 1e-4,
