@@ -10,10 +10,10 @@ Each row is one `hf-qlora-fsdp rehearse` (random weights of the real shapes, the
     sudo -E python benchmarks/offload.py --minutes 9 --row 70b-swap -- --use-liger-kernel
     python benchmarks/offload.py --minutes 6 --row 405b -- --use-liger-kernel
 
-On two H200 a row of the first command takes 65 to 100 s, and the last one took four minutes, of which loading takes two
-and another was found to be in vain since (`LOG.md`). Mapped and swapped rows write 35 GB to the disk
-and read up to 40 GB a step from it: 45 s a step at 1.6 GB/s, mapped; nobody has timed swapping. The swap file takes
-40 GiB. A host that is too small for pinned memory says so within half a minute.
+On two H200 a row of the first command takes 65 to 100 s. Mapped shards take three and a half minutes (files of 36 GB,
+steps of 43 s), and a host that is too small for pinned memory says so within half a minute. Swapping takes seven
+minutes (a swap file of 40 GiB, steps of 146 s). The last command took four, of which loading takes two and another was
+found to be in vain since (`LOG.md`).
 
 Rows that limit host memory make a control group (version 2 or 1) for their processes, and rows that swap a swap file;
 both need root, and both are removed again, whatever happens.
@@ -58,8 +58,8 @@ ROWS = {
     "70b-resident": Row("llama-2-70b", (*SEQ_2048, "--batch", "1"), 23 * GIB, 1000, loads_below=True),
     "70b-pinned": Row("llama-2-70b", OFFLOADED, 7 * GIB, 1050, 64 * GB, loads_below=True),
     "70b-unpinned": Row("llama-2-70b", UNPINNED, 7 * GIB, 800, 64 * GB, loads_below=True),
-    "70b-mapped": Row("llama-2-70b", OFFLOADED, 7 * GIB, host_limit="32GB", mapped=True, loads_below=True, steps=4),
-    "70b-swap": Row("llama-2-70b", UNPINNED, 7 * GIB, host_limit="32GB", swap="40GiB", steps=4),
+    "70b-mapped": Row("llama-2-70b", OFFLOADED, 7 * GIB, host_limit="32GB", mapped=True, loads_below=True, steps=3),
+    "70b-swap": Row("llama-2-70b", UNPINNED, 7 * GIB, host_limit="32GB", swap="40GiB", steps=2),
     "70b-swap-pinned": Row("llama-2-70b", OFFLOADED, 7 * GIB, host_limit="32GB", swap="40GiB", fits=False),
     "405b": Row(
         "llama-3.1-405b",
