@@ -93,9 +93,15 @@ class PackedLinear4bit(bnb.nn.Linear4bit):
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         return _PackedLinear.apply(x.to(self.compute_dtype), bias, self).to(x.dtype)
 
-    def dequantize(self, dtype: torch.dtype | None = None, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+    def dequantize(
+        self,
+        dtype: torch.dtype | None = None,
+        rows: slice = ALL,
+        columns: slice = ALL,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the weight `[N, K]` that this layer computes with, or a piece. It must be gathered, not a shard."""
-        return dequantize(self.weight, self.layout, dtype or self.compute_dtype, rows, columns)
+        return dequantize(self.weight, self.layout, dtype or self.compute_dtype, rows, columns, out)
 
     def row_pieces(self, dtype: torch.dtype) -> list[slice]:
         """Return the rows that are dequantised at a time, so that a large weight is never there in 16 bits."""

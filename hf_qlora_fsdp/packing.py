@@ -77,6 +77,11 @@ class PackedLayout:
         return self.shape[0] * self.shape[1]
 
     @property
+    def has_whole_rows(self) -> bool:
+        """Whether each row consists of whole blocks, so that some rows, or blocks of each, can be made alone."""
+        return self.shape[1] % self.blocksize == 0
+
+    @property
     def num_blocks(self) -> int:
         return math.ceil(self.numel / self.blocksize)
 
@@ -120,7 +125,7 @@ class PackedLayout:
         """Cut one dimension evenly into multiples of a unit. Where rows are no whole blocks, nothing can be cut."""
         size = self.shape[dim]
         most = PIECE_BYTES // (self.shape[1 - dim] * dtype.itemsize)
-        if size <= most or self.shape[1] % self.blocksize:
+        if size <= most or not self.has_whole_rows:
             return [ALL]
         step = unit
         while 2 * step <= min(most, PIECE_STEP):
@@ -238,7 +243,12 @@ def _view_parts(packed: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tenso
 
 
 def dequantize(
-    packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype, rows: slice = ALL, columns: slice = ALL
+    packed: torch.Tensor,
+    layout: PackedLayout,
+    dtype: torch.dtype,
+    rows: slice = ALL,
+    columns: slice = ALL,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weight `[N, K]` from its packed buffer, or a piece of it: in one kernel on GPUs that have Triton.
 
@@ -248,11 +258,18 @@ def dequantize(
         dtype (`torch.dtype`): Dtype of the result.
         rows (`slice`, *optional*): Which rows, one of `layout.row_pieces`. The bits are those that they have in all.
         columns (`slice`, *optional*): Which columns, one of `layout.column_pieces`.
+        out (`torch.Tensor`, *optional*): Where it is written and returned: a matrix of its shape and dtype, whose rows
+            may be farther apart than they are long.
     """
-    kind, is_part = (layout.quant_type, layout.double_quant, layout.blocksize), not rows == columns == ALL
-    if packed.is_cuda and (fused := _find_fused(packed.device, dtype, *kind, is_part=is_part)):
-        return fused(packed.detach(), layout, dtype, rows, columns)
-    return dequantize_in_parts(packed, layout, dtype, rows, columns)
+    if packed.is_cuda:
+        kind = layout.quant_type, layout.double_quant, layout.blocksize
+        by_rows = not rows == columns == ALL or (out is not None and not out.is_contiguous())
+        if (not by_rows or layout.has_whole_rows) and (
+            fused := _find_fused(packed.device, dtype, *kind, by_rows=by_rows)
+        ):
+            return fused(packed.detach(), layout, dtype, rows, columns, out)
+    weight = dequantize_in_parts(packed, layout, dtype, rows, columns)
+    return weight if out is None else out.copy_(weight)
 
 
 def dequantize_in_parts(
@@ -275,21 +292,27 @@ def dequantize_in_parts(
 
 @tried("4-bit weights are dequantised by three kernels each instead of a fused one.")
 def _find_fused(
-    device: torch.device, dtype: torch.dtype, *kind: Any, is_part: bool = False
+    device: torch.device, dtype: torch.dtype, *kind: Any, by_rows: bool = False
 ) -> Callable[..., torch.Tensor]:
     """Return the fused kernel if it gives the bits of bitsandbytes on this device.
 
-    For each dtype and kind of layout, and for parts of weights: Triton compiles another kernel for each.
+    For each dtype and kind of layout, and for results that are written row by row: Triton compiles another kernel for
+    each.
     """
     from .kernels.nested_dequantize import dequantize_packed
 
     fused = functools.partial(dequantize_packed, nested_blocksize=NESTED_BLOCKSIZE)
     layout, piece = PackedLayout((96, 70), *kind), (ALL, ALL)
-    if is_part:  # in the second half of each row
+    if by_rows:  # the second half of each row
         size = layout.blocksize
         layout, piece = replace(layout, shape=(300, 2 * size)), (slice(1, 300), slice(size, 2 * size))
     probe = quantize(torch.linspace(-1, 1, layout.numel, device=device).view(layout.shape), layout, torch.float32)
-    if not torch.equal(fused(probe, layout, dtype, *piece), dequantize_in_parts(probe, layout, dtype, *piece)):
+    expected = dequantize_in_parts(probe, layout, dtype, *piece)
+    wider = torch.full((expected.shape[0], expected.shape[1] + 32), 9, dtype=dtype, device=device)
+    computed = [fused(probe, layout, dtype, *piece, None)]
+    if by_rows:
+        computed.append(fused(probe, layout, dtype, *piece, wider[:, : expected.shape[1]]))
+    if not all(torch.equal(one, expected) for one in computed) or not (wider[:, expected.shape[1] :] == 9).all():
         raise OtherNumbers("Its numbers are not those of bitsandbytes on this device.")
     return fused
 

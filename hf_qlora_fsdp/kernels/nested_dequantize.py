@@ -10,8 +10,9 @@ a few blocks of codes together with their scales, straight from the packed buffe
 **Pieces.** Equal weights whose codes lie side by side, and their scales likewise (`experts/stacks.py`), are dequantised
 as one. Each has nested scales and an offset of its own, which a block finds by the number of its piece.
 
-**A part.** Of a weight whose rows are whole blocks, some rows or columns can be made alone: a block of the result then
-comes from another place, which it finds by its row.
+**By rows.** Of a weight whose rows are whole blocks, some rows or columns can be made alone, and rows can be written
+farther apart than they are long: a block of the result then comes from another place, or goes to one, which it finds by
+its row.
 
 **The same bits.** bitsandbytes rounds the first product to float32 before the offset is added, since that happens in
 another kernel. A compiler would fuse the two into one multiply-add that rounds once; `enable_fp_fusion=False` forbids
@@ -56,7 +57,8 @@ def _dequantize(
     first_block,
     blocks_per_row,
     blocks_per_whole_row,
-    IS_PART: tl.constexpr,
+    out_stride,
+    BY_ROWS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
@@ -64,10 +66,13 @@ def _dequantize(
 ):
     block_B = tl.program_id(0).to(tl.int64) * NUM_BLOCKS + tl.arange(0, NUM_BLOCKS)
     exists_B = block_B * BLOCKSIZE < numel
-    index_BW = block_B[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    if IS_PART:
+    place_BW = block_B[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    is_weight_BW = place_BW < numel
+    if BY_ROWS:
         row_B = block_B // blocks_per_row
-        block_B = first_block + row_B * blocks_per_whole_row + (block_B - row_B * blocks_per_row)
+        in_row_B = block_B - row_B * blocks_per_row
+        place_BW = (row_B * out_stride + in_row_B * BLOCKSIZE)[:, None] + tl.arange(0, BLOCKSIZE)[None, :]
+        block_B = first_block + row_B * blocks_per_whole_row + in_row_B
     if DOUBLE_QUANT:
         nested_ptr = (packed_ptr + nested_start).to(tl.pointer_type(tl.float32))
         offset_ptr = (packed_ptr + offset_start).to(tl.pointer_type(tl.float32))
@@ -86,7 +91,7 @@ def _dequantize(
     high_BH = tl.load(map4_ptr + (codes_BH >> 4)) * absmax_B[:, None]
     low_BH = tl.load(map4_ptr + (codes_BH & 15)) * absmax_B[:, None]
     weights_BW = tl.interleave(high_BH, low_BH).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + index_BW, weights_BW, mask=index_BW < numel)
+    tl.store(out_ptr + place_BW, weights_BW, mask=is_weight_BW)
 
 
 def dequantize_packed(
@@ -95,6 +100,7 @@ def dequantize_packed(
     dtype: torch.dtype,
     rows: slice = slice(None),
     columns: slice = slice(None),
+    out: torch.Tensor | None = None,
     *,
     nested_blocksize: int,
 ) -> torch.Tensor:
@@ -105,17 +111,21 @@ def dequantize_packed(
         layout (`PackedLayout`): What lies where in it.
         dtype (`torch.dtype`): Dtype of the result.
         rows (`slice`), columns (`slice`, *optional*): Which part, whole blocks of rows that are whole blocks.
+        out (`torch.Tensor`, *optional*): Where it is written: a matrix of its shape, whose rows may be farther apart
+            than they are long if they are whole blocks.
         nested_blocksize (`int`): Scales that share one second-level scale.
     Returns:
         `torch.Tensor`: The weight `[N, K]`, on the device of the buffer.
     """
-    starts = (0, *layout.offsets[:3])
-    out = torch.empty((1, *layout.part(rows, columns).shape), dtype=dtype, device=packed.device)
-    part = None
-    if rows != slice(None) or columns != slice(None):
+    if out is None:
+        out = torch.empty(layout.part(rows, columns).shape, dtype=dtype, device=packed.device)
+    by_rows = None
+    if rows != slice(None) or columns != slice(None) or not out.is_contiguous():
         in_row, size = layout.shape[1] // layout.blocksize, layout.blocksize
-        part = ((rows.start or 0) * in_row + (columns.start or 0) // size, out.shape[-1] // size, in_row)
-    return _launch(packed, layout, out, starts, nested_blocksize, part)[0]
+        first_block = (rows.start or 0) * in_row + (columns.start or 0) // size
+        by_rows = first_block, out.shape[1] // size, in_row, out.stride(0)
+    _launch(packed, layout, out, 1, (0, *layout.offsets[:3]), nested_blocksize, by_rows)
+    return out
 
 
 def dequantize_run(
@@ -140,24 +150,26 @@ def dequantize_run(
         `torch.Tensor`: The weights `[P, N, K]`, on the device of the buffer.
     """
     out = torch.empty((num_pieces, *layout.shape), dtype=dtype, device=packed.device)
-    return _launch(packed, layout, out, starts, nested_blocksize, None)
+    _launch(packed, layout, out, num_pieces, starts, nested_blocksize, None)
+    return out
 
 
 def _launch(
     packed: torch.Tensor,
     layout: Any,
     out: torch.Tensor,
+    num_pieces: int,
     starts: Sequence[int],
     nested_blocksize: int,
-    part: tuple[int, int, int] | None,
-) -> torch.Tensor:
-    """Fill `out`, of a part with its first block and the blocks of a row, in the part and in all."""
+    by_rows: tuple[int, int, int, int] | None,
+) -> None:
+    """Fill `out`: by rows with the first block, the blocks of a row in `out` and in all, and how far apart rows are."""
     device = packed.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # triton launches on the current device
-            return _launch(packed, layout, out, starts, nested_blocksize, part)
+            return _launch(packed, layout, out, num_pieces, starts, nested_blocksize, by_rows)
     map4, map8 = _load_maps(layout.quant_type, device)
-    num_pieces, blocksize = out.shape[0], layout.blocksize
+    blocksize = layout.blocksize
     num_blocks = max(1, WEIGHTS_PER_PROGRAM // blocksize)
     _dequantize[(-(-out.numel() // (num_blocks * blocksize)),)](
         packed.view(torch.uint8),
@@ -169,8 +181,8 @@ def _launch(
         *starts,
         layout.num_blocks,
         layout.num_nested_blocks,
-        *(part or (0, 1, 1)),
-        IS_PART=part is not None,
+        *(by_rows or (0, 1, 1, 0)),
+        BY_ROWS=by_rows is not None,
         DOUBLE_QUANT=layout.double_quant,
         BLOCKSIZE=blocksize,
         NESTED_BLOCKSIZE=nested_blocksize,
@@ -178,7 +190,7 @@ def _launch(
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
     )
-    return out
+    return None
 
 
 @functools.cache

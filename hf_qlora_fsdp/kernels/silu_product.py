@@ -10,10 +10,10 @@ it, so their time is that of memory: torch takes five passes for the gradients, 
 silu(g) before it is multiplied, and dm u before it is. What is left is the last bit of an exponential in float32, which
 seldom reaches a 16-bit result.
 
-**Halves.** Stacked experts put out g and u side by side, as one matrix. Their kernels are the same, and the gradients
-are written side by side as well.
+**Halves.** Layers that are one product put out g and u side by side, as one matrix, and their gradients are written
+side by side as well, in the place of g and u if nobody reads those any more.
 
-`silu_product` and `silu_product_gradients` choose: the kernels on GPUs that have Triton, the operations of torch, which
+`silu_product` and `write_gradients` choose: the kernels on GPUs that have Triton, the operations of torch, which
 are their definition, anywhere else.
 """
 
@@ -34,12 +34,6 @@ def silu_product(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return kernels.silu_product(g, u) if kernels else silu_product_in_parts(g, u)
 
 
-def silu_product_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return dg and du for dm of the same shape, whose memory du takes."""
-    kernels = _find_kernels(g.device) if g.is_cuda else None
-    return kernels.silu_product_gradients(dm, g, u) if kernels else silu_product_gradients_in_parts(dm, g, u)
-
-
 class SiluOfHalves(torch.autograd.Function):
     """m = silu(g) u for y `[S, 2 I]`, which is g and u side by side and all that is kept."""
 
@@ -58,13 +52,14 @@ class SiluOfHalves(torch.autograd.Function):
 
 
 def write_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor) -> None:
-    """Write dg and du to where they belong: halves `[S, I]` of matrices, as g and u are. dm is contiguous."""
+    """Write dg and du, for a dm `[S, I]` that is contiguous.
+
+    Args:
+        dm (`torch.Tensor`), g (`torch.Tensor`), u (`torch.Tensor`): What is given.
+        dg (`torch.Tensor`), du (`torch.Tensor`): What is written: laid out as g and u are, or g and u themselves.
+    """
     kernels = _find_kernels(g.device) if g.is_cuda else None
-    if kernels:
-        kernels.write_gradients(dm, g, u, dg, du)
-    else:
-        torch.mul(dm, nn.functional.silu(g), out=du)
-        torch.ops.aten.silu_backward.grad_input(dm * u, g, grad_input=dg)
+    (kernels.write_gradients if kernels else write_gradients_in_parts)(dm, g, u, dg, du)
 
 
 def silu_product_in_parts(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -72,12 +67,13 @@ def silu_product_in_parts(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return nn.functional.silu(g).mul_(u)
 
 
-def silu_product_gradients_in_parts(
-    dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `silu_product_gradients` does, by torch's operations."""
-    dg = torch.ops.aten.silu_backward(dm * u, g)
-    return dg, dm.mul_(nn.functional.silu(g))
+def write_gradients_in_parts(
+    dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor
+) -> None:
+    """Write what `write_gradients` does, by torch's operations."""
+    dsilu = dm * u
+    torch.mul(dm, nn.functional.silu(g), out=du)
+    torch.ops.aten.silu_backward.grad_input(dsilu, g, grad_input=dg)
 
 
 @tried("SwiGLU takes several passes over memory instead of one.")
@@ -87,11 +83,15 @@ def _find_kernels(device: torch.device) -> ModuleType:
 
     g = torch.linspace(-20, 20, 3001, device=device)
     u, dm = g.flip(0), g.roll(1000)
-    mine = kernels.silu_product(g, u), *kernels.silu_product_gradients(dm.clone(), g, u)
+    theirs = silu_product_in_parts(g, u), torch.empty_like(g), torch.empty_like(g)
+    write_gradients_in_parts(dm, g, u, *theirs[1:])
+    mine = kernels.silu_product(g, u), torch.empty_like(g), torch.empty_like(g)
+    kernels.write_gradients(dm, g, u, *mine[1:])
     halves = torch.cat([g, u]).repeat(2, 1).chunk(2, dim=1)
-    if not torch.equal(kernels.silu_product(*halves), mine[0].repeat(2, 1)):
-        raise OtherNumbers("Halves of matrices are not multiplied as whole ones are.")
-    theirs = silu_product_in_parts(g, u), *silu_product_gradients_in_parts(dm.clone(), g, u)
+    of_halves = kernels.silu_product(*halves)
+    kernels.write_gradients(dm.repeat(2, 1), *halves, *halves)
+    if not all(torch.equal(a, b.repeat(2, 1)) for a, b in zip((of_halves, *halves), mine, strict=True)):
+        raise OtherNumbers("Halves of matrices are not treated as whole ones are.")
     # An exponential, a division and some products, each exact to two units in the last place; dg may cancel.
     bounds = [16 * torch.finfo(g.dtype).eps * (number.abs() + (dm * u).abs()) for number in theirs]
     if not all(((a - b).abs() <= bound).all() for a, b, bound in zip(mine, theirs, bounds, strict=True)):

@@ -56,15 +56,8 @@ def silu_product(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return m
 
 
-def silu_product_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return dg, and du in the memory of dm."""
-    dg = torch.empty_like(g)
-    _launch(_backward, g, dm, g, u, dg, dm)
-    return dg, dm
-
-
 def write_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor) -> None:
-    """Write dg and du to where they belong, all of them halves `[S, I]` of matrices but dm, which is contiguous."""
+    """Write dg and du, see `silu_product.py`. A program reads what it needs of g and u before it writes there."""
     _launch(_backward, g, dm, g, u, dg, du)
 
 

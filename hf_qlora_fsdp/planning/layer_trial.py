@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import packed_linear
 from ..experts import layers as experts
 from ..experts.stacks import StackLayout, dequantize_pieces
-from ..kernels import silu_product, swiglu
+from ..kernels import joined_product, silu_product, swiglu
 from ..packing import ALL, PackedLayout, dequantize
 from ..ranks import logger
 from ..speed.fusion import FusedLora, fuse_lora, unfuse_lora
@@ -83,6 +83,8 @@ class NormTrial:
 class _Meter(TorchDispatchMode):
     """Counts the bytes of meta tensors as a card's allocator would, by cause."""
 
+    cause = "activations"
+
     def __init__(self, known: Iterator[torch.Tensor]) -> None:
         super().__init__()
         self.alive: dict[int, tuple[int, str]] = {}
@@ -109,7 +111,7 @@ class _Meter(TorchDispatchMode):
         if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0]  # rotary frequencies that depend on positions: others have the same shape
         result = func(*args, **(kwargs or {}))
-        cause = "dequantised weights" if func.namespace == "bitsandbytes" else "activations"
+        cause = "dequantised weights" if func.namespace == "bitsandbytes" else self.cause
         pytree.tree_map_only(torch.Tensor, lambda tensor: self._count(tensor, cause), result)
         return result
 
@@ -308,12 +310,17 @@ def _dequantize_pieces(
 
 
 def _dequantize(
-    packed: torch.Tensor, layout: PackedLayout, dtype: torch.dtype, rows: slice = ALL, columns: slice = ALL
+    packed: torch.Tensor,
+    layout: PackedLayout,
+    dtype: torch.dtype,
+    rows: slice = ALL,
+    columns: slice = ALL,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Make what `packing.dequantize` does, and on the meta device nothing beside it."""
     if not packed.is_meta:
-        return dequantize(packed, layout, dtype, rows, columns)
-    return _dequantize_on_meta(packed, layout.part(rows, columns).shape, layout, dtype)
+        return dequantize(packed, layout, dtype, rows, columns, out)
+    return _dequantize_on_meta(packed, layout.part(rows, columns).shape, layout, dtype) if out is None else out
 
 
 def _dequantize_on_meta(
@@ -325,15 +332,25 @@ def _dequantize_on_meta(
     )
 
 
+def _new_weight(like: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
+    """Make room for weights, and have it counted as theirs."""
+    _Meter.cause = "dequantised weights"
+    try:
+        return like.new_empty(num_rows, num_columns)
+    finally:
+        _Meter.cause = "activations"
+
+
 _STAND_INS: list[tuple[Any, str, Callable[..., Any]]] = [
     (swiglu, "silu_product", lambda g, u: g.new_empty(g.shape)),
-    (swiglu, "silu_product_gradients", lambda dm, g, u: (torch.empty_like(g), dm)),
+    (swiglu, "write_gradients", lambda *_: None),
     (silu_product, "silu_product", lambda g, u: g.new_empty(g.shape)),
     (silu_product, "write_gradients", lambda *_: None),
     (experts, "dequantize_pieces", _dequantize_pieces),
     (packed_linear, "dequantize", _dequantize),
+    (joined_product, "new_weight", _new_weight),
 ]
-"""In place of Triton kernels, which take no memory but for what they return."""
+"""In place of Triton kernels, which take no memory but for what they return; and what says what it is."""
 
 
 def _catch_arguments(base: Any, layer: nn.Module, batch: int, seq: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ..experts.lora import ParamWrapper
+from ..kernels.joined_product import JoinedLayers
 from ..kernels.lora_group import apply_lora_group
 from ..kernels.lora_linear import LoraWeights, apply_lora_linear
 from ..kernels.swiglu import apply_swiglu
@@ -178,7 +179,8 @@ class FusedMLP:
     def __init__(self, mlp: nn.Module) -> None:
         self.mlp = mlp
         self.layers = tuple(getattr(mlp, name).forward for name in _MLP_PARTS)
-        self.weights = tuple(layer.weights for layer in self.layers)
+        *inner, self.down = (layer.weights for layer in self.layers)
+        self.gate_and_up = JoinedLayers(inner)
         self.parts = mlp._modules
         self.hooks = [hooks for layer in self.layers for hooks in layer.outer_hooks]
 
@@ -193,7 +195,8 @@ class FusedMLP:
             or not (gate.is_usual(x) and up.is_usual(x) and down.is_usual(x))
         ):
             return type(self.mlp).forward(self.mlp, x)
-        return apply_swiglu(x, self.weights, tuple(layer.layer.scaling[layer.adapter_name] for layer in self.layers))
+        scalings = tuple(layer.layer.scaling[layer.adapter_name] for layer in self.layers)
+        return apply_swiglu(x, self.gate_and_up, self.down, scalings)
 
 
 def fuse_lora(model: nn.Module) -> FusionReport:

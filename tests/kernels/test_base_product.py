@@ -29,6 +29,7 @@ from tests.kernels.test_lora_linear import COLUMNS, DTYPES, error_of, make_layer
 from tests.kernels.test_swiglu import HIDDEN, adapter_of, compute_in_float64, make_mlp
 
 ROWS = 1792
+NUM_TOKENS = 4
 KINDS = ["layer without adapter", "layer", "group", "mlp"]
 
 
@@ -141,15 +142,20 @@ def test_pieces_are_as_exact_on_a_gpu(kind: str, num_pieces: int) -> None:
 
 
 class Unpacked(TorchDispatchMode):
-    """Counts the bytes of 16-bit weights that are there."""
+    """Counts the bytes of 16-bit weights that are there: what an operation puts out that is larger than x and no B.
 
-    def __init__(self) -> None:
+    Args:
+        operation (`Any`): The one that makes them.
+    """
+
+    def __init__(self, operation: Any) -> None:
         super().__init__()
+        self.operation = operation
         self.now = self.most = self.num_weights = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.bitsandbytes.dequantize_4bit.default:
+        if func is self.operation and result.dim() == 2 and result.shape[0] > NUM_TOKENS and result.shape[1] >= 64:
             storage = result.untyped_storage()
             self.now += storage.nbytes()
             self.most = max(self.most, self.now)
@@ -166,9 +172,9 @@ class Unpacked(TorchDispatchMode):
 def test_one_piece_is_there_at_a_time(kind: str, bias: bool, num_pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.bfloat16
     case = make_case(kind, dtype, bias)
-    x = torch.randn(4, case.columns, dtype=dtype, requires_grad=True)
+    x = torch.randn(NUM_TOKENS, case.columns, dtype=dtype, requires_grad=True)
     cut(monkeypatch, case, dtype, num_pieces)
-    with Unpacked() as unpacked:
+    with Unpacked(torch.ops.bitsandbytes.dequantize_4bit.default) as unpacked:
         differentiate(lambda x: checkpoint(case.ours, x, use_reentrant=False), x, case.parameters)
     pieces = [
         piece
@@ -180,6 +186,27 @@ def test_one_piece_is_there_at_a_time(kind: str, bias: bool, num_pieces: int, mo
     ]
     assert unpacked.most == max(piece.numel * dtype.itemsize for piece in pieces)
     assert unpacked.now == 0 and unpacked.num_weights >= len(pieces)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_weights_are_no_larger_than_a_piece(
+    bias: bool, num_pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.bfloat16
+    case = make_case("mlp", dtype, bias)
+    x = torch.randn(NUM_TOKENS, case.columns, dtype=dtype, requires_grad=True)
+    cut(monkeypatch, case, dtype, num_pieces)
+    with torch.no_grad(), Unpacked(torch.ops.aten.new_empty.default) as rows:
+        case.ours(x)
+    room = HIDDEN + (32 if bias else 16)  # for two adapters of rank 8 and a bias, in steps of 16
+    assert rows.num_weights == 2 * num_pieces and rows.now == 0
+    assert packing.PIECE_BYTES / 2 <= rows.most <= packing.PIECE_BYTES * room / HIDDEN
+
+    with Unpacked(torch.ops.aten.new_empty.default) as all_weights:
+        differentiate(lambda x: checkpoint(case.ours, x, use_reentrant=False), x, case.parameters)
+    (block,) = {base.layout.blocksize for base in case.bases}
+    assert all_weights.most == (2 * ROWS + 16) * block * dtype.itemsize  # columns are not cut any finer
+    assert all_weights.num_weights >= 2 * rows.num_weights + HIDDEN // block and all_weights.now == 0
 
 
 def test_a_bias_is_rounded_into_the_sum_once(num_pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def make_stack(layout: StackLayout, device: str = "cpu") -> torch.Tensor:
 def test_bits_are_those_of_bitsandbytes_on_a_gpu(dtype):
     pytest.importorskip("triton")
     fused = packing._find_fused(torch.device("cuda", 0), dtype)
-    assert fused is not None and packing._find_fused(torch.device("cuda", 0), dtype, is_part=True) is not None
+    assert fused is not None and packing._find_fused(torch.device("cuda", 0), dtype, by_rows=True) is not None
     for layout in [*LAYOUTS, PackedLayout((4096, 4097)), PackedLayout((4096, 8192))]:
         packed = make_packed(layout, "cuda:0")
         expected = dequantize_in_parts(packed, layout, dtype)
@@ -103,6 +103,9 @@ def test_bits_are_those_of_bitsandbytes_on_a_gpu(dtype):
         for piece in cut_in_thirds(layout, dtype):
             assert compare_bits(fused(packed, layout, dtype, *piece), expected[piece]), (layout, piece)
             assert compare_bits(dequantize_in_parts(packed, layout, dtype, *piece), expected[piece]), (layout, piece)
+            wide = torch.zeros(expected[piece].shape[0], expected[piece].shape[1] + 16, dtype=dtype, device="cuda:0")
+            part = dequantize(packed, layout, dtype, *piece, out=wide[:, :-16])
+            assert compare_bits(part, expected[piece]) and not wide[:, -16:].any(), (layout, piece)
     assert expert_stacks._find_fused(torch.device("cuda", 0), dtype) is not None
     for stacked in STACKS:
         stack = make_stack(stacked, "cuda:0")
@@ -129,6 +132,11 @@ def interpret() -> None:
         for piece in cut_in_thirds(layout, dtype):
             part = dequantize_packed(packed, layout, dtype, *piece, nested_blocksize=NESTED_BLOCKSIZE)
             assert torch.equal(part, mine[piece]), (layout, dtype, piece)
+            if not layout.has_whole_rows:
+                continue
+            wide = torch.zeros(part.shape[0], part.shape[1] + 3, dtype=dtype)
+            dequantize_packed(packed, layout, dtype, *piece, wide[:, :-3], nested_blocksize=NESTED_BLOCKSIZE)
+            assert torch.equal(wide, torch.nn.functional.pad(part, (0, 3))), (layout, dtype, piece)
     for layout in STACKS:
         stack = make_stack(layout)
         mine = dequantize_pieces_fused(stack, 1, 3, layout, torch.float32)
@@ -149,9 +157,9 @@ def test_numbers_are_those_of_bitsandbytes_in_the_interpreter():
 
 
 @needs_triton
-@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("compute_capability", [80, 90])
-def test_products_are_rounded_before_they_are_added(compute_capability, is_part):
+def test_products_are_rounded_before_they_are_added(compute_capability, by_rows):
     """The option that the launch passes is what keeps the compiler from a multiply-add, which rounds once."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -159,7 +167,7 @@ def test_products_are_rounded_before_they_are_added(compute_capability, is_part)
     from hf_qlora_fsdp.kernels.nested_dequantize import NUM_WARPS, _dequantize
 
     constants = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE, "NUM_BLOCKS": 32}
-    constants |= {"IS_PART": is_part, "DOUBLE_QUANT": True}
+    constants |= {"BY_ROWS": by_rows, "DOUBLE_QUANT": True}
     pointers = {"packed_ptr": "*u8", "out_ptr": "*bf16", "map4_ptr": "*fp32", "map8_ptr": "*fp32"}
     signature = {
         name: pointers.get(name, "constexpr" if name in constants else "i32") for name in _dequantize.arg_names
@@ -192,13 +200,13 @@ def test_without_triton_one_line_says_so(monkeypatch, caplog):
 def test_a_kernel_with_other_numbers_is_not_used(monkeypatch, caplog):
     from hf_qlora_fsdp.kernels import nested_dequantize
 
-    def wrong(packed, layout, dtype, rows, columns, nested_blocksize):
+    def wrong(packed, layout, dtype, rows, columns, out, nested_blocksize):
         return torch.zeros(layout.part(rows, columns).shape, dtype=dtype)
 
     monkeypatch.setattr(nested_dequantize, "dequantize_packed", wrong)
     packing._find_fused.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
         assert packing._find_fused(torch.device("cpu"), torch.bfloat16) is None
-        assert packing._find_fused(torch.device("cpu"), torch.bfloat16, is_part=True) is None
+        assert packing._find_fused(torch.device("cpu"), torch.bfloat16, by_rows=True) is None
     packing._find_fused.cache_clear()
     assert "not those of bitsandbytes" in caplog.text and "Error" not in caplog.text

@@ -1,4 +1,4 @@
-"""The gated MLP as one function: the bits of its layers forward, no less exact backward, and less that is kept."""
+"""The gated MLP as one function: no less exact than PEFT's layers, and less that is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,23 +20,25 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from hf_qlora_fsdp.kernels import swiglu
 from hf_qlora_fsdp.kernels.lora_group import apply_lora_group
-from hf_qlora_fsdp.kernels.silu_product import SiluOfHalves, silu_product, silu_product_gradients
+from hf_qlora_fsdp.kernels.silu_product import SiluOfHalves, silu_product, write_gradients
 from hf_qlora_fsdp.packed_linear import repack
 from hf_qlora_fsdp.speed.fusion import FusedMLP, fuse_lora, unfuse_lora
 from tests.kernels.test_lora_linear import DTYPES, differentiate, error_of
 from tests.test_packing import make_linear
 
 HIDDEN, INNER, RANK = 128, 320, 8
+OF_EACH_ITS_OWN = {"rank_pattern": {"up_proj": 5}, "alpha_pattern": {"gate_proj": 7, "up_proj": 3}}
 
 
-def make_mlp(dtype: torch.dtype, bias: bool = False, inner: int = INNER) -> nn.Module:
+def make_mlp(dtype: torch.dtype, bias: bool = False, inner: int = INNER, **options: Any) -> nn.Module:
     mlp = LlamaMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=inner, hidden_act="silu", mlp_bias=bias))
     for seed, name in enumerate(("gate_proj", "up_proj", "down_proj")):
         shape = (HIDDEN, inner) if name == "down_proj" else (inner, HIDDEN)
         linear = make_linear(shape, dtype=dtype, bias=bias, seed=seed)
         setattr(mlp, name, repack(linear, compute_dtype=dtype, storage_dtype=dtype))
-    config = LoraConfig(r=RANK, lora_alpha=12, target_modules=["gate_proj", "up_proj", "down_proj"])
+    config = LoraConfig(r=RANK, lora_alpha=12, target_modules=["gate_proj", "up_proj", "down_proj"], **options)
     mlp.is_loaded_in_4bit = True  # makes PEFT take its layer for 4 bits
     inject_adapter_in_model(config, mlp)
     torch.manual_seed(3)
@@ -42,6 +46,16 @@ def make_mlp(dtype: torch.dtype, bias: bool = False, inner: int = INNER) -> nn.M
         if "lora_" in name:
             parameter.data = (0.1 * torch.randn_like(parameter)).to(dtype)
     return mlp
+
+
+def gradients_of(write: Callable[..., None], dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -> list[torch.Tensor]:
+    """Return dg and du, written over g and u and beside them with the same bits."""
+    beside = [torch.empty_like(g), torch.empty_like(u)]
+    write(dm, g, u, *beside)
+    over = [g.clone(), u.clone()]
+    write(dm, *over, *over)
+    assert all(map(torch.equal, over, beside))
+    return beside
 
 
 def adapter_of(mlp: nn.Module) -> list[nn.Parameter]:
@@ -54,7 +68,7 @@ def compute_in_float64(mlp: nn.Module, x: torch.Tensor, adapter: list[torch.Tens
     def run(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         base, (a, b) = layer.base_layer, next(pairs)
         bias = None if base.bias is None else base.bias.double()
-        return nn.functional.linear(x, base.dequantize().double(), bias) + 12 / RANK * (x @ a.T) @ b.T
+        return nn.functional.linear(x, base.dequantize().double(), bias) + layer.scaling["default"] * (x @ a.T) @ b.T
 
     gate, up = run(mlp.gate_proj, x), run(mlp.up_proj, x)
     return run(mlp.down_proj, nn.functional.silu(gate) * up)
@@ -62,8 +76,9 @@ def compute_in_float64(mlp: nn.Module, x: torch.Tensor, adapter: list[torch.Tens
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("bias", "x_wants_gradient"), list(itertools.product([False, True], repeat=2)))
-def test_it_is_no_less_exact_than_peft(dtype, bias, x_wants_gradient):
-    mlp = make_mlp(dtype, bias)
+@pytest.mark.parametrize("options", [{}, OF_EACH_ITS_OWN], ids=["alike", "of each its own"])
+def test_it_is_no_less_exact_than_peft(dtype, bias, x_wants_gradient, options):
+    mlp = make_mlp(dtype, bias, **options)
     adapter = adapter_of(mlp)
     x, dy = torch.randn(3, 20, HIDDEN, dtype=dtype), torch.randn(3, 20, HIDDEN, dtype=dtype)
     x.requires_grad_(x_wants_gradient)
@@ -82,9 +97,8 @@ def test_it_is_no_less_exact_than_peft(dtype, bias, x_wants_gradient):
 
     del mlp.forward  # the layers by themselves are fused still
     layer_by_layer = differentiate(mlp, x, dy, *adapter)
-    assert torch.equal(fused[0], layer_by_layer[0])
-    for mine, theirs in zip(fused[-6:], layer_by_layer[-6:], strict=True):
-        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(error_of(layer_by_layer, exact), error_of(unfused, exact), strict=True):
+        assert mine <= 1.5 * theirs
 
 
 def test_two_wide_tensors_are_kept_instead_of_four():
@@ -92,22 +106,38 @@ def test_two_wide_tensors_are_kept_instead_of_four():
     x = torch.randn(4, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
 
     def count_wide() -> int:
-        wide: set[int] = set()
-        hold = []  # so that no address is used twice
+        kept: dict[int, torch.UntypedStorage] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            hold.append(tensor)
-            if tensor.shape == (4, INNER):
-                wide.add(tensor.data_ptr())
+            if tensor.shape[0] == x.shape[0]:  # no weight
+                kept[tensor.data_ptr()] = tensor.untyped_storage()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             mlp(x)
-        return len(wide)
+        return sum(storage.nbytes() // (4 * INNER * x.element_size()) for storage in kept.values())
 
     assert count_wide() == 4
     fuse_lora(mlp)
     assert count_wide() == 2
+
+
+def test_gradients_are_written_over_what_is_there_for_one_backward_alone(monkeypatch):
+    mlp = make_mlp(torch.float32)
+    fuse_lora(mlp)
+    in_place = []
+
+    def write(dm, g, u, dg, du):
+        in_place.append((g.data_ptr(), u.data_ptr()) == (dg.data_ptr(), du.data_ptr()))
+        write_gradients(dm, g, u, dg, du)
+
+    monkeypatch.setattr(swiglu, "write_gradients", write)
+    x = torch.randn(4, HIDDEN, requires_grad=True)
+    for run in (mlp, lambda x: checkpoint(mlp, x, use_reentrant=False)):
+        y = run(x).sum()
+        first, second = (torch.autograd.grad(y, [x, *adapter_of(mlp)], retain_graph=True) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+    assert in_place == [False, False, True, True]
 
 
 @pytest.mark.parametrize("frozen", range(6))
@@ -202,7 +232,7 @@ def test_product_with_silu_and_its_gradients(dtype):
     y = torch.cat([g, u], dim=1).requires_grad_()
     side_by_side = SiluOfHalves.apply(y)
     halves = side_by_side, *torch.autograd.grad(side_by_side, y, dm)[0].chunk(2, dim=1)
-    computed = silu_product(g, u), *silu_product_gradients(dm.clone(), g, u), *halves
+    computed = silu_product(g, u), *gradients_of(write_gradients, dm, g, u), *halves
     for mine, theirs in zip(computed, 2 * expected, strict=True):
         # Two roundings, and some more in float32; gradients by the largest term, which others may cancel.
         assert ((mine - theirs).abs() <= 3 * torch.finfo(dtype).eps * (theirs.abs() + dm.abs() * u.abs())).all()
@@ -220,10 +250,10 @@ def interpret() -> None:
     torch.manual_seed(0)
     for dtype, shape in itertools.product([torch.float32, torch.float16], [(5, 7), (2, 2049), (3, 5000), (0, 8)]):
         g, u, dm = (4 * torch.randn(shape, dtype=dtype) for _ in range(3))
-        mine = kernels.silu_product(g, u), *kernels.silu_product_gradients(dm.clone(), g, u)
+        mine = kernels.silu_product(g, u), *gradients_of(kernels.write_gradients, dm, g, u)
         theirs = (
             torch_ones.silu_product_in_parts(g, u),
-            *torch_ones.silu_product_gradients_in_parts(dm.clone(), g, u),
+            *gradients_of(torch_ones.write_gradients_in_parts, dm, g, u),
         )
         for one, other in zip(mine, theirs, strict=True):
             bound = 16 * torch.finfo(torch.float32).eps if dtype == torch.float32 else torch.finfo(dtype).eps
@@ -267,13 +297,13 @@ def test_gradients_of_gradients_are_refused():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 7), (64, 28672), (2048, 1000)])
 def test_kernels_give_the_numbers_of_torch(dtype, shape):
-    from hf_qlora_fsdp.kernels.silu_product import _find_kernels, silu_product_gradients_in_parts, silu_product_in_parts
+    from hf_qlora_fsdp.kernels.silu_product import _find_kernels, silu_product_in_parts, write_gradients_in_parts
 
     assert _find_kernels(torch.device("cuda", 0)) is not None
     torch.manual_seed(0)
     g, u, dm = (4 * torch.randn(shape, dtype=dtype, device="cuda:0") for _ in range(3))
-    mine = silu_product(g, u), *silu_product_gradients(dm.clone(), g, u)
-    theirs = silu_product_in_parts(g, u), *silu_product_gradients_in_parts(dm.clone(), g, u)
+    mine = silu_product(g, u), *gradients_of(write_gradients, dm, g, u)
+    theirs = silu_product_in_parts(g, u), *gradients_of(write_gradients_in_parts, dm, g, u)
     for one, other in zip(mine, theirs, strict=True):
         # Where float32 differs in its last bits, a 16-bit number may be the next one: rarely. Gradients may cancel.
         if dtype == torch.float32:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -170,17 +171,28 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
     assert planned == saved + orders
 
 
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize(("shape", "rows", "columns"), [("70b", 14336, 8192), ("8b", 14336, 4096)])
-def test_of_large_weights_a_piece_is_there_in_16_bits(weights, shape, rows, columns, fuse, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "fuse", "forward", "backward"),
+    [
+        ("70b", False, (14336, 8192), (14336, 8192)),
+        ("8b", False, (14336, 4096), (14336, 4096)),
+        # Gate and up are one product, with room for two adapters of rank 16. The backward begins with down, in halves,
+        # and before that gate and up are computed again.
+        ("70b", True, (14336, 8192 + 32), (8192, 14336)),
+        ("8b", True, (2 * 14336, 4096 + 32), (2 * 14336, 4096 + 32)),
+    ],
+)
+def test_of_large_weights_a_piece_is_there_in_16_bits(weights, shape, fuse, forward, backward, monkeypatch):
     """Half of [28672, 8192], of the MLP, all of [14336, 4096]. Scales are no part of it, nor of what is computed."""
     weight = weights[shape]
     trial = try_layer(weight, weight.layers[0].kind, batch=1, seq=2048, fuse=fuse)
-    assert {trial.forward["dequantised weights"], trial.backward["dequantised weights"]} == {2 * rows * columns}
+    assert trial.forward["dequantised weights"] == 2 * math.prod(forward)
+    assert trial.backward["dequantised weights"] == 2 * math.prod(backward)
     monkeypatch.setattr(packing, "PIECE_BYTES", 1 << 40)
     whole = try_layer(replace(weight, trials={}), weight.layers[0].kind, batch=1, seq=2048, fuse=fuse)
     for pieces, at_once in ((trial.forward, whole.forward), (trial.backward, whole.backward)):
-        assert pieces["activations"] == at_once["activations"]
+        assert sum(pieces.values()) <= sum(at_once.values())
+        assert fuse or pieces["activations"] == at_once["activations"]  # one moment is the peak of both
 
 
 UNUSUAL: dict[str, dict[str, Any]] = {
