@@ -27,6 +27,7 @@ block.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ import bitsandbytes.functional as bnb_functional
 import torch
 import triton
 import triton.language as tl
+
+from .launching import Launcher, on_device
 
 WEIGHTS_PER_PROGRAM = 2048
 """Eight bytes of codes a thread, so that enough loads are under way to hide the latency of memory."""
@@ -117,15 +120,42 @@ def dequantize_packed(
     Returns:
         `torch.Tensor`: The weight `[N, K]`, on the device of the buffer.
     """
+    stride = 0 if out is None or out.is_contiguous() else out.stride(0)
+    part = rows.start, rows.stop, columns.start, columns.stop
+    shape, num_programs, launch = _prepare(layout, dtype, part, stride, nested_blocksize, packed.device)
     if out is None:
-        out = torch.empty(layout.part(rows, columns).shape, dtype=dtype, device=packed.device)
-    by_rows = None
-    if rows != slice(None) or columns != slice(None) or not out.is_contiguous():
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    map4, map8 = _load_maps(layout.quant_type, packed.device)
+    with on_device(packed.device):
+        launch(num_programs, packed.view(torch.uint8), out, map4, map8)
+    return out
+
+
+@functools.lru_cache(4096)
+def _prepare(
+    layout: Any,
+    dtype: torch.dtype,
+    part: tuple[int | None, int | None, int | None, int | None],
+    stride: int,
+    nested_blocksize: int,
+    device: torch.device,
+) -> tuple[tuple[int, int], int, Launcher]:
+    """Return the shape of a part of a weight, and what fills it: how many programs of which launch.
+
+    Args:
+        part (`tuple`): Bounds of its rows and columns.
+        stride (`int`): How far apart rows are written, 0 for one after the other.
+        layout, dtype, nested_blocksize, device: As for `dequantize_packed`. A kernel is compiled for each dtype and
+            device.
+    """
+    rows, columns = slice(*part[:2]), slice(*part[2:])
+    shape, by_rows = layout.part(rows, columns).shape, None
+    if stride or any(bound is not None for bound in part):
         in_row, size = layout.shape[1] // layout.blocksize, layout.blocksize
         first_block = (rows.start or 0) * in_row + (columns.start or 0) // size
-        by_rows = first_block, out.shape[1] // size, in_row, out.stride(0)
-    _launch(packed, layout, out, 1, (0, *layout.offsets[:3]), nested_blocksize, by_rows)
-    return out
+        by_rows = first_block, shape[1] // size, in_row, stride or shape[1]
+    starts = (0, *layout.offsets[:3])
+    return shape, *_prepare_launch(layout, math.prod(shape), 1, starts, nested_blocksize, by_rows)
 
 
 def dequantize_run(
@@ -150,47 +180,41 @@ def dequantize_run(
         `torch.Tensor`: The weights `[P, N, K]`, on the device of the buffer.
     """
     out = torch.empty((num_pieces, *layout.shape), dtype=dtype, device=packed.device)
-    _launch(packed, layout, out, num_pieces, starts, nested_blocksize, None)
+    num_programs, launch = _prepare_launch(layout, out.numel(), num_pieces, starts, nested_blocksize, None)
+    map4, map8 = _load_maps(layout.quant_type, packed.device)
+    with on_device(packed.device):
+        launch(num_programs, packed.view(torch.uint8), out, map4, map8)
     return out
 
 
-def _launch(
-    packed: torch.Tensor,
+def _prepare_launch(
     layout: Any,
-    out: torch.Tensor,
+    numel: int,
     num_pieces: int,
     starts: Sequence[int],
     nested_blocksize: int,
     by_rows: tuple[int, int, int, int] | None,
-) -> None:
-    """Fill `out`: by rows with the first block, the blocks of a row in `out` and in all, and how far apart rows are."""
-    device = packed.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # triton launches on the current device
-            return _launch(packed, layout, out, num_pieces, starts, nested_blocksize, by_rows)
-    map4, map8 = _load_maps(layout.quant_type, device)
+) -> tuple[int, Launcher]:
+    """Return how many programs of which launch write so many weights.
+
+    Args:
+        by_rows (`tuple[int, int, int, int]`, *optional*): Where they are written row by row: the first block, the
+            blocks of a row of the result and of a row of the weight, and how far apart rows are in the result.
+        layout, num_pieces, starts, nested_blocksize: As for `dequantize_run`.
+    """
     blocksize = layout.blocksize
     num_blocks = max(1, WEIGHTS_PER_PROGRAM // blocksize)
-    _dequantize[(-(-out.numel() // (num_blocks * blocksize)),)](
-        packed.view(torch.uint8),
-        out,
-        map4,
-        map8,
-        out.numel(),
-        num_pieces * layout.codes_bytes,
-        *starts,
-        layout.num_blocks,
-        layout.num_nested_blocks,
-        *(by_rows or (0, 1, 1, 0)),
-        BY_ROWS=by_rows is not None,
-        DOUBLE_QUANT=layout.double_quant,
-        BLOCKSIZE=blocksize,
-        NESTED_BLOCKSIZE=nested_blocksize,
-        NUM_BLOCKS=num_blocks,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
-    )
-    return None
+    numbers = (numel, num_pieces * layout.codes_bytes, *starts, layout.num_blocks, layout.num_nested_blocks)
+    constants = {
+        "BY_ROWS": by_rows is not None,
+        "DOUBLE_QUANT": layout.double_quant,
+        "BLOCKSIZE": blocksize,
+        "NESTED_BLOCKSIZE": nested_blocksize,
+        "NUM_BLOCKS": num_blocks,
+    }
+    numbers = (*numbers, *(by_rows or (0, 1, 1, 0)))
+    launch = Launcher(_dequantize, numbers, constants, num_warps=NUM_WARPS, enable_fp_fusion=False)
+    return -(-numel // (num_blocks * blocksize)), launch
 
 
 @functools.cache

@@ -9,12 +9,14 @@ Shape suffixes: P elements of one program.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from .launching import Launcher, on_device
 
 ELEMENTS_PER_PROGRAM = 2048
 NUM_WARPS = 4
@@ -64,23 +66,16 @@ def write_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torc
 def _launch(kernel: Any, g: torch.Tensor, *tensors: torch.Tensor) -> None:
     """Run a kernel on tensors that are laid out like g, or contiguous."""
     rows, width, stride = (1, g.numel(), g.numel()) if g.is_contiguous() else (*g.shape, g.stride(0))
-    programs_per_row = triton.cdiv(width, ELEMENTS_PER_PROGRAM)
     if rows * width == 0:
         return
-    with _on(g.device):
-        kernel[(rows * programs_per_row,)](
-            *tensors,
-            width,
-            stride,
-            programs_per_row,
-            SIZE=ELEMENTS_PER_PROGRAM,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,  # as nvcc does for torch's kernels; left open, triton 3.9 warns
-        )
+    programs_per_row = triton.cdiv(width, ELEMENTS_PER_PROGRAM)
+    launch = _prepare(kernel, (width, stride, programs_per_row), g.dtype, g.device)
+    with on_device(g.device):
+        launch(rows * programs_per_row, *tensors)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Make a device the current one, on which triton launches."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+@functools.lru_cache(256)
+def _prepare(kernel: Any, numbers: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Launcher:
+    """Return the launch of a kernel, which is compiled for each dtype and device."""
+    # Fused as nvcc does for torch's kernels; left open, triton 3.9 warns.
+    return Launcher(kernel, numbers, {"SIZE": ELEMENTS_PER_PROGRAM}, num_warps=NUM_WARPS, enable_fp_fusion=True)
