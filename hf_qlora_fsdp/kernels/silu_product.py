@@ -8,7 +8,7 @@ it, so their time is that of memory: torch takes five passes for the gradients, 
 
 **The same numbers.** Torch computes each step in float32 and rounds it to the dtype. The kernels round where it rounds:
 silu(g) before it is multiplied, and dm u before it is. What is left is the last bit of an exponential in float32, which
-seldom reaches a 16-bit result.
+seldom reaches a 16-bit result. The backward's kernel can write m as well, which the adapter of what reads m needs.
 
 **Halves.** Layers that are one product put out g and u side by side, as one matrix, and their gradients are written
 side by side as well, in the place of g and u if nobody reads those any more.
@@ -51,15 +51,18 @@ class SiluOfHalves(torch.autograd.Function):
         return dy_SI2
 
 
-def write_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor) -> None:
+def write_gradients(
+    dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor, make_m: bool = False
+) -> None:
     """Write dg and du, for a dm `[S, I]` that is contiguous.
 
     Args:
         dm (`torch.Tensor`), g (`torch.Tensor`), u (`torch.Tensor`): What is given.
         dg (`torch.Tensor`), du (`torch.Tensor`): What is written: laid out as g and u are, or g and u themselves.
+        make_m (`bool`): Write m, which the forward has not kept, in the place of dm.
     """
     kernels = _find_kernels(g.device) if g.is_cuda else None
-    (kernels.write_gradients if kernels else write_gradients_in_parts)(dm, g, u, dg, du)
+    (kernels.write_gradients if kernels else write_gradients_in_parts)(dm, g, u, dg, du, make_m)
 
 
 def silu_product_in_parts(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -68,12 +71,15 @@ def silu_product_in_parts(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 def write_gradients_in_parts(
-    dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor
+    dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor, make_m: bool = False
 ) -> None:
     """Write what `write_gradients` does, by torch's operations."""
-    dsilu = dm * u
-    torch.mul(dm, nn.functional.silu(g), out=du)
+    silu, dsilu = nn.functional.silu(g), dm * u
+    m = silu * u if make_m else None
+    torch.mul(dm, silu, out=du)
     torch.ops.aten.silu_backward.grad_input(dsilu, g, grad_input=dg)
+    if m is not None:
+        dm.copy_(m)
 
 
 @tried("SwiGLU takes several passes over memory instead of one.")
@@ -83,15 +89,14 @@ def _find_kernels(device: torch.device) -> ModuleType:
 
     g = torch.linspace(-20, 20, 3001, device=device)
     u, dm = g.flip(0), g.roll(1000)
-    theirs = silu_product_in_parts(g, u), torch.empty_like(g), torch.empty_like(g)
-    write_gradients_in_parts(dm, g, u, *theirs[1:])
-    mine = kernels.silu_product(g, u), torch.empty_like(g), torch.empty_like(g)
-    kernels.write_gradients(dm, g, u, *mine[1:])
-    halves = torch.cat([g, u]).repeat(2, 1).chunk(2, dim=1)
-    kernels.silu_product(*halves)
-    of_halves = kernels.silu_product(*halves)  # launched anew, and again
-    kernels.write_gradients(dm.repeat(2, 1), *halves, *halves)
-    if not all(torch.equal(a, b.repeat(2, 1)) for a, b in zip((of_halves, *halves), mine, strict=True)):
+    theirs = [silu_product_in_parts(g, u), *(torch.empty_like(g) for _ in range(2)), dm.clone()]
+    write_gradients_in_parts(theirs[3], g, u, theirs[1], theirs[2], True)
+    mine = [kernels.silu_product(g, u), *(torch.empty_like(g) for _ in range(2)), dm.clone()]
+    kernels.write_gradients(mine[3], g, u, mine[1], mine[2], True)
+    g2, u2 = torch.cat([g, u]).repeat(2, 1).chunk(2, dim=1)
+    of_halves = [kernels.silu_product(g2, u2) for _ in range(2)]  # launched anew, and again
+    kernels.write_gradients(dm.repeat(2, 1), g2, u2, g2, u2, False)
+    if not all(torch.equal(a, b.repeat(2, 1)) for a, b in zip([of_halves[1], g2, u2], mine, strict=False)):
         raise OtherNumbers("Halves of matrices are not treated as whole ones are.")
     # An exponential, a division and some products, each exact to two units in the last place; dg may cancel.
     bounds = [16 * torch.finfo(g.dtype).eps * (number.abs() + (dm * u).abs()) for number in theirs]

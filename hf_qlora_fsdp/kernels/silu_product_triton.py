@@ -35,7 +35,18 @@ def _forward(g_ptr, u_ptr, m_ptr, width, stride, programs_per_row, SIZE: tl.cons
 
 
 @triton.jit
-def _backward(dm_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, width, stride, programs_per_row, SIZE: tl.constexpr):
+def _backward(
+    dm_ptr,
+    g_ptr,
+    u_ptr,
+    dg_ptr,
+    du_ptr,
+    width,
+    stride,
+    programs_per_row,
+    MAKE_M: tl.constexpr,
+    SIZE: tl.constexpr,
+):
     row = (tl.program_id(0) // programs_per_row).to(tl.int64)
     column_P = (tl.program_id(0) % programs_per_row).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     exists_P, place_P = column_P < width, row * stride + column_P
@@ -49,6 +60,8 @@ def _backward(dm_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, width, stride, programs_per_
     dg_P = dsilu_P * (sigmoid_P * (1 + g_P * (1 - sigmoid_P)))
     tl.store(dg_ptr + place_P, dg_P.to(dtype), mask=exists_P)
     tl.store(du_ptr + place_P, (silu_P * dm_P).to(dtype), mask=exists_P)
+    if MAKE_M:
+        tl.store(dm_ptr + row * width + column_P, (silu_P * u_P).to(dtype), mask=exists_P)
 
 
 def silu_product(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -58,24 +71,29 @@ def silu_product(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return m
 
 
-def write_gradients(dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor) -> None:
-    """Write dg and du, see `silu_product.py`. A program reads what it needs of g and u before it writes there."""
-    _launch(_backward, g, dm, g, u, dg, du)
+def write_gradients(
+    dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor, dg: torch.Tensor, du: torch.Tensor, make_m: bool
+) -> None:
+    """Write dg and du, see `silu_product.py`. A program reads what it needs before it writes in its place."""
+    _launch(_backward, g, dm, g, u, dg, du, MAKE_M=make_m)
 
 
-def _launch(kernel: Any, g: torch.Tensor, *tensors: torch.Tensor) -> None:
+def _launch(kernel: Any, g: torch.Tensor, *tensors: torch.Tensor, **constants: bool) -> None:
     """Run a kernel on tensors that are laid out like g, or contiguous."""
     rows, width, stride = (1, g.numel(), g.numel()) if g.is_contiguous() else (*g.shape, g.stride(0))
     if rows * width == 0:
         return
     programs_per_row = triton.cdiv(width, ELEMENTS_PER_PROGRAM)
-    launch = _prepare(kernel, (width, stride, programs_per_row), g.dtype, g.device)
+    launch = _prepare(kernel, (width, stride, programs_per_row), g.dtype, g.device, **constants)
     with on_device(g.device):
         launch(rows * programs_per_row, *tensors)
 
 
 @functools.lru_cache(256)
-def _prepare(kernel: Any, numbers: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Launcher:
+def _prepare(
+    kernel: Any, numbers: tuple[int, int, int], dtype: torch.dtype, device: torch.device, **constants: bool
+) -> Launcher:
     """Return the launch of a kernel, which is compiled for each dtype and device."""
     # Fused as nvcc does for torch's kernels; left open, triton 3.9 warns.
-    return Launcher(kernel, numbers, {"SIZE": ELEMENTS_PER_PROGRAM}, num_warps=NUM_WARPS, enable_fp_fusion=True)
+    constants |= {"SIZE": ELEMENTS_PER_PROGRAM}
+    return Launcher(kernel, numbers, constants, num_warps=NUM_WARPS, enable_fp_fusion=True)

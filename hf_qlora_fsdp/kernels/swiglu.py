@@ -12,7 +12,8 @@ it would have to be run to its end, and the product of down, a third of it, is n
 **In place where nobody looks.** What checkpointing has made again is for this backward alone, so gradients are written
 over it. What the forward itself has kept stays as it is, for whoever goes through the graph a second time. And the
 gradient of m, which autograd would hold while gate and up are differentiated, is gone before: `_Down` writes those of
-what gate and up have put out, and hands these on. What it returns for m, which nobody else has seen, is a placeholder.
+what gate and up have put out, with m in its place, and hands these on. What it returns for m, which nobody else has
+seen, is a placeholder.
 
 Shape suffixes: T tokens, K hidden size, I inner size, R rank; C = K and what `joined_product.py` adds to it, and
 D = 2 I and what it adds.
@@ -80,18 +81,16 @@ class _Down(torch.autograd.Function):
         dy_TK = dy.reshape(-1, dy.shape[-1])
         da_RI = db_KR = None
         dh_TR = backward_through_b(dy_TK, down, scaling)
-        if needs_a or needs_b:
-            m_TI = silu_product(*split(gu_TD))
-            if needs_a:
-                da_RI = dh_TR.t().mm(m_TI)
-            if needs_b:
-                db_KR = backward_to_b(dy_TK, m_TI.mm(down.lora_a.weight.t()), scaling)
-            del m_TI  # before the 16-bit weight is made
         dm_TI = backward_to_input(dy_TK, dh_TR, down)
         d_TD = gu_TD if gated.kept() is None else torch.empty_like(gu_TD)
-        write_gradients(dm_TI, *split(gu_TD), *split(d_TD))
+        write_gradients(dm_TI, *split(gu_TD), *split(d_TD), make_m=needs_a or needs_b)
+        m_TI = dm_TI  # by now
+        if needs_a:
+            da_RI = dh_TR.t().mm(m_TI)
+        if needs_b:
+            db_KR = backward_to_b(dy_TK, m_TI.mm(down.lora_a.weight.t()), scaling)
         gated.handed_on = xh_TC, d_TD
-        placeholder = dm_TI.new_empty(()).expand(*dy.shape[:-1], dm_TI.shape[1])
+        placeholder = dy.new_empty(()).expand(*dy.shape[:-1], m_TI.shape[1])
         return placeholder, da_RI, db_KR, None, None, None
 
 

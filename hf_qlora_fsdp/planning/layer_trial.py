@@ -343,7 +343,7 @@ def _new_weight(like: torch.Tensor, num_rows: int, num_columns: int) -> torch.Te
 
 _STAND_INS: list[tuple[Any, str, Callable[..., Any]]] = [
     (swiglu, "silu_product", lambda g, u: g.new_empty(g.shape)),
-    (swiglu, "write_gradients", lambda *_: None),
+    (swiglu, "write_gradients", lambda *_, **__: None),
     (silu_product, "silu_product", lambda g, u: g.new_empty(g.shape)),
     (silu_product, "write_gradients", lambda *_: None),
     (experts, "dequantize_pieces", _dequantize_pieces),

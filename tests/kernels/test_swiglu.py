@@ -49,13 +49,15 @@ def make_mlp(dtype: torch.dtype, bias: bool = False, inner: int = INNER, **optio
 
 
 def gradients_of(write: Callable[..., None], dm: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -> list[torch.Tensor]:
-    """Return dg and du, written over g and u and beside them with the same bits."""
+    """Return dg and du, written over g and u and beside them with the same bits, and m, written over dm."""
+    given = dm.clone()
     beside = [torch.empty_like(g), torch.empty_like(u)]
-    write(dm, g, u, *beside)
-    over = [g.clone(), u.clone()]
-    write(dm, *over, *over)
+    write(dm, g, u, *beside, False)
+    assert torch.equal(dm, given)
+    over, m = [g.clone(), u.clone()], dm.clone()
+    write(m, *over, *over, True)
     assert all(map(torch.equal, over, beside))
-    return beside
+    return [*beside, m]
 
 
 def adapter_of(mlp: nn.Module) -> list[nn.Parameter]:
@@ -127,9 +129,9 @@ def test_gradients_are_written_over_what_is_there_for_one_backward_alone(monkeyp
     fuse_lora(mlp)
     in_place = []
 
-    def write(dm, g, u, dg, du):
+    def write(dm, g, u, dg, du, make_m):
         in_place.append((g.data_ptr(), u.data_ptr()) == (dg.data_ptr(), du.data_ptr()))
-        write_gradients(dm, g, u, dg, du)
+        write_gradients(dm, g, u, dg, du, make_m)
 
     monkeypatch.setattr(swiglu, "write_gradients", write)
     x = torch.randn(4, HIDDEN, requires_grad=True)
@@ -233,7 +235,7 @@ def test_product_with_silu_and_its_gradients(dtype):
     side_by_side = SiluOfHalves.apply(y)
     halves = side_by_side, *torch.autograd.grad(side_by_side, y, dm)[0].chunk(2, dim=1)
     computed = silu_product(g, u), *gradients_of(write_gradients, dm, g, u), *halves
-    for mine, theirs in zip(computed, 2 * expected, strict=True):
+    for mine, theirs in zip(computed, [*expected, expected[0], *expected], strict=True):
         # Two roundings, and some more in float32; gradients by the largest term, which others may cancel.
         assert ((mine - theirs).abs() <= 3 * torch.finfo(dtype).eps * (theirs.abs() + dm.abs() * u.abs())).all()
 
@@ -261,9 +263,9 @@ def interpret() -> None:
             assert dtype == torch.float32 or not one.numel() or (one != other).float().mean() < 1e-3
         halves = torch.cat([g, u], dim=1).chunk(2, dim=1)
         gradients = torch.empty(shape[0], 2 * shape[1], dtype=dtype)
-        kernels.write_gradients(dm, *halves, *gradients.chunk(2, dim=1))
+        kernels.write_gradients(dm, *halves, *gradients.chunk(2, dim=1), False)
         assert torch.equal(kernels.silu_product(*halves), mine[0])
-        assert torch.equal(gradients, torch.cat(mine[1:], dim=1))
+        assert torch.equal(gradients, torch.cat(mine[1:3], dim=1))
     print("compared all shapes")
 
 
@@ -314,4 +316,4 @@ def test_kernels_give_the_numbers_of_torch(dtype, shape):
     y = torch.cat([g, u], dim=1).requires_grad_()
     side_by_side = SiluOfHalves.apply(y)
     assert torch.equal(side_by_side, mine[0])
-    assert torch.equal(torch.autograd.grad(side_by_side, y, dm)[0], torch.cat(mine[1:], dim=1))
+    assert torch.equal(torch.autograd.grad(side_by_side, y, dm)[0], torch.cat(mine[1:3], dim=1))
