@@ -78,7 +78,7 @@ def write_gradients(
     _launch(_backward, g, dm, g, u, dg, du, MAKE_M=make_m)
 
 
-def _launch(kernel: Any, g: torch.Tensor, *tensors: torch.Tensor, **constants: bool) -> None:
+def _launch(kernel: Any, g: torch.Tensor, *tensors: torch.Tensor, **constants: int) -> None:
     """Run a kernel on tensors that are laid out like g, or contiguous."""
     rows, width, stride = (1, g.numel(), g.numel()) if g.is_contiguous() else (*g.shape, g.stride(0))
     if rows * width == 0:
@@ -91,7 +91,7 @@ def _launch(kernel: Any, g: torch.Tensor, *tensors: torch.Tensor, **constants: b
 
 @functools.lru_cache(256)
 def _prepare(
-    kernel: Any, numbers: tuple[int, int, int], dtype: torch.dtype, device: torch.device, **constants: bool
+    kernel: Any, numbers: tuple[int, int, int], dtype: torch.dtype, device: torch.device, **constants: int
 ) -> Launcher:
     """Return the launch of a kernel, which is compiled for each dtype and device."""
     # Fused as nvcc does for torch's kernels; left open, triton 3.9 warns.

@@ -90,7 +90,7 @@ class _Down(torch.autograd.Function):
         if needs_b:
             db_KR = backward_to_b(dy_TK, m_TI.mm(down.lora_a.weight.t()), scaling)
         gated.handed_on = xh_TC, d_TD
-        placeholder = dy.new_empty(()).expand(*dy.shape[:-1], m_TI.shape[1])
+        placeholder = dy.new_zeros(()).expand(*dy.shape[:-1], m_TI.shape[1])
         return placeholder, da_RI, db_KR, None, None, None
 
 
