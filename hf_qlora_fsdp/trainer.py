@@ -61,6 +61,7 @@ from .sharding import (
     shard_root,
 )
 from .speed.checkpointing import LayerCheckpointing
+from .speed.deferred_metrics import DeferredMetrics
 from .speed.fusion import fuse_lora
 from .speed.kept_gathered import KeptGathered
 from .speed.module_walks import spare_walks
@@ -123,6 +124,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         settle_liger(args, num_mlps, self.accelerator.device.type)
         if self.padding_free:
             use_packed_attention(base_model(self.model))
+        self.deferred_metrics = DeferredMetrics(self)
         self.checkpointing: LayerCheckpointing | None = None
         names = self.sharding_policy.class_names
         if args.checkpoint_layers is not None:
@@ -201,6 +203,18 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         return self.checkpointing.run(self, super().training_step, inputs, num_items_in_batch)
 
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # A loss function of the user's may gather numbers of its own, and look at them on one rank alone.
+        if self.model.training and self.compute_loss_func is None:
+            with self.deferred_metrics.deferring():
+                return super().compute_loss(model, inputs, *args, **kwargs)
+        self.deferred_metrics.settle()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.deferred_metrics.settle()  # of batches without a step: an epoch ended after them
+        super().log(logs, start_time)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         step_on_shards(optimizer)
@@ -216,6 +230,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         if grad_norm is None and model is self.model:  # max_grad_norm=0: it is measured, and nothing is clipped
             self.accelerator.unscale_gradients()
             grad_norm = clip_gradients(self.trained, math.inf)
+        self.deferred_metrics.settle()  # here, since the norm is read next: the device is waited for anyway
         return super()._get_grad_norm(model, grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -55,6 +55,7 @@ class _MicroBatch:
     random_states: tuple[torch.Tensor, torch.Tensor | None]
     num_metrics: dict[str, int]
     num_tokens: float
+    num_deferred: int
 
 
 class LayerCheckpointing(TrainerCallback):
@@ -189,7 +190,8 @@ class LayerCheckpointing(TrainerCallback):
         num_metrics = {name: len(values) for name, values in trainer._metrics["train"].items()}
         synchronizes = trainer.accelerator.sync_gradients
         longest = self._agree_on_longest(inputs)
-        this = _MicroBatch(inputs, longest, num_items, synchronizes, states, num_metrics, trainer._total_train_tokens)
+        num_tokens, num_deferred = trainer._total_train_tokens, len(trainer.deferred_metrics.tape)
+        this = _MicroBatch(inputs, longest, num_items, synchronizes, states, num_metrics, num_tokens, num_deferred)
         self.micro_batches.append(this)
         pending = [this]
         while True:
@@ -274,6 +276,7 @@ class LayerCheckpointing(TrainerCallback):
         for name, values in trainer._metrics["train"].items():
             del values[batch.num_metrics.get(name, 0) :]
         trainer._total_train_tokens = batch.num_tokens
+        trainer.deferred_metrics.forget(batch.num_deferred)
 
     def _final_error(self, said: str) -> torch.OutOfMemoryError:
         return torch.OutOfMemoryError(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_qlora_fsdp.sharding import base_model
 from hf_qlora_fsdp.speed.activation_room import Room, count_kept, count_saved_bytes, scale
 from tests import training
 from tests.distributed import RankPool
@@ -29,7 +30,6 @@ def train(rank: int, folder: str, out: str, runs: dict[str, dict[str, Any]]) -> 
     Where `room` is given, there is room for what so many layers save, and the first step took what one saves.
     """
     from hf_qlora_fsdp.anatomy import decoder_layers
-    from hf_qlora_fsdp.sharding import base_model
     from hf_qlora_fsdp.speed import checkpointing
 
     done = {}
@@ -56,6 +56,8 @@ def train(rank: int, folder: str, out: str, runs: dict[str, dict[str, Any]]) -> 
             base_model(trainer.model).model.register_forward_pre_hook(
                 lambda *_, layers=layers, numbers=numbers: numbers.append(sum(x.gradient_checkpointing for x in layers))
             )
+            if "at the loss" in run:
+                run_out_around_the_loss(trainer, rank, run["at the loss"])
             if "place" in run:
                 RunsOut(layers[run["layer"]], run["place"], run["call"], run.get("always", False))
             try:
@@ -121,6 +123,25 @@ class RunsOut:
         raise torch.OutOfMemoryError(MESSAGE)
 
 
+def run_out_around_the_loss(trainer: Any, rank: int, call: int) -> None:
+    """Let the first rank run out after the last layer of a forward, and the other when its backward begins."""
+    compute, calls = trainer.compute_loss, []
+
+    def raise_at_the_call(*_: Any) -> None:
+        if len(calls) == call:
+            raise torch.OutOfMemoryError(MESSAGE)
+
+    def compute_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        loss = compute(*args, **kwargs)
+        loss.register_hook(raise_at_the_call)
+        return loss
+
+    trainer.compute_loss = compute_loss
+    if rank == 0:
+        base_model(trainer.model).model.norm.register_forward_hook(raise_at_the_call)
+
+
 RUNS: dict[str, dict[str, Any]] = {
     "all": {"layers": None},
     "one": {"layers": 1},
@@ -129,6 +150,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "backward": {"layers": "1", "place": "backward", "layer": 2, "call": 4},
     # The layer's calls: forward and again of the first micro-batch, then of the second, whose gradients are added.
     "recompute": {"layers": 2, "place": "recompute", "layer": 1, "call": 4},
+    # Of the second step's second micro-batch, one rank has metrics that are not gathered yet.
+    "at the loss": {"layers": 0, "at the loss": 4},
     "a longer batch": {"layers": "auto", "room": NUM_LAYERS},
     "kept gathered": {"layers": None, "changes": {"reshard_after_forward": False}},
     "no dropout": {"layers": None, "dropout": 0.0, "changes": {"max_steps": 1}},
@@ -142,7 +165,9 @@ def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return ranks.run(train, folder, str(tmp_path_factory.mktemp("out")), RUNS)
 
 
-@pytest.mark.parametrize("name", ["one", "auto", "forward", "backward", "recompute", "a longer batch", "kept gathered"])
+@pytest.mark.parametrize(
+    "name", ["one", "auto", "forward", "backward", "recompute", "at the loss", "a longer batch", "kept gathered"]
+)
 def test_no_bit_depends_on_it(trained: list[dict[str, training.Run]], name: str) -> None:
     for runs in trained:
         reference, run = runs["all"], runs[name]
@@ -157,7 +182,15 @@ def test_no_bit_depends_on_it(trained: list[dict[str, training.Run]], name: str)
 
 @pytest.mark.parametrize(
     ("name", "recomputed", "num_lines"),
-    [("all", 4, 0), ("one", 1, 0), ("auto", 0, 1), ("forward", 1, 1), ("recompute", 3, 1), ("a longer batch", 0, 1)],
+    [
+        ("all", 4, 0),
+        ("one", 1, 0),
+        ("auto", 0, 1),
+        ("forward", 1, 1),
+        ("recompute", 3, 1),
+        ("at the loss", 1, 1),
+        ("a longer batch", 0, 1),
+    ],
 )
 def test_so_many_layers_are_computed_twice(
     trained: list[dict[str, training.Run]], name: str, recomputed: int, num_lines: int
