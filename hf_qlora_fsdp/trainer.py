@@ -27,6 +27,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from . import compat
@@ -62,6 +63,7 @@ from .sharding import (
 )
 from .speed.checkpointing import LayerCheckpointing
 from .speed.deferred_metrics import DeferredMetrics
+from .speed.frozen_objects import frozen_objects
 from .speed.fusion import fuse_lora
 from .speed.kept_gathered import KeptGathered
 from .speed.module_walks import spare_walks
@@ -195,6 +197,10 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             print(describe(self.model, units, policy.param_dtype, offload, compat.active_patches()), flush=True)
 
     # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        with frozen_objects():
+            return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.kept_gathered is not None:

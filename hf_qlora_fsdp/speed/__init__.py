@@ -9,6 +9,7 @@
     kept_gathered      units gathered once a step, not once a micro-batch, where they stay whole anyway
     module_walks       walks through all modules, once instead of in every step
     spared_states      random generators left alone by gradient checkpointing where no layer asks them
+    frozen_objects     no search for garbage among what was there before training
     matmul_share       how near a step comes to what the card can multiply
 
 What each was worth, and what did not help, is in `benchmarks/LOG.md`.
