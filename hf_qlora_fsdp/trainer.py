@@ -66,6 +66,7 @@ from .speed.deferred_metrics import DeferredMetrics
 from .speed.frozen_objects import frozen_objects
 from .speed.fusion import fuse_lora
 from .speed.kept_gathered import KeptGathered
+from .speed.loss_filter import LossFilter
 from .speed.module_walks import spare_walks
 from .speed.packed_attention import use_packed_attention
 from .speed.shard_steps import clip_gradients, step_on_shards
@@ -126,7 +127,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         settle_liger(args, num_mlps, self.accelerator.device.type)
         if self.padding_free:
             use_packed_attention(base_model(self.model))
-        self.deferred_metrics = DeferredMetrics(self)
+        self.deferred_metrics, self.loss_filter = DeferredMetrics(self), LossFilter(self)
         self.checkpointing: LayerCheckpointing | None = None
         names = self.sharding_policy.class_names
         if args.checkpoint_layers is not None:
@@ -206,8 +207,10 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         if self.kept_gathered is not None:
             self.kept_gathered.begin(is_last=self.accelerator.sync_gradients)
         if self.checkpointing is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        return self.checkpointing.run(self, super().training_step, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self.checkpointing.run(self, super().training_step, inputs, num_items_in_batch)
+        return self.loss_filter.filter(loss)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # A loss function of the user's may gather numbers of its own, and look at them on one rank alone.
@@ -240,6 +243,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        self.loss_filter.restore()  # what upstream does next after adding up a loss
         if "input_ids" not in inputs or not hasattr(self.model, "num_parameters"):
             return super().floating_point_ops(inputs)
         if not self._num_parameters:

@@ -6,6 +6,7 @@
                        activation_room
     shard_steps        clipping and the optimizer on the shards themselves
     deferred_metrics   TRL's metrics read once a step, when the device is waited for anyway
+    loss_filter        losses that are no numbers left out of the log, by the device
     kept_gathered      units gathered once a step, not once a micro-batch, where they stay whole anyway
     module_walks       walks through all modules, once instead of in every step
     spared_states      random generators left alone by gradient checkpointing where no layer asks them
