@@ -33,6 +33,8 @@ from trl import SFTTrainer
 from . import compat
 from .anatomy import decoder_layers, plan_units
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
+from .compat.trl_head_positions import PATCH as HEAD_POSITIONS
+from .compat.trl_head_positions import counted_labels
 from .config import QLoRAFSDPConfig
 from .export import check_exportable, save_adapter
 from .inputs import (
@@ -127,6 +129,8 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         settle_liger(args, num_mlps, self.accelerator.device.type)
         if self.padding_free:
             use_packed_attention(base_model(self.model))
+        if self.accelerator.device.type == "cuda":
+            compat.apply(HEAD_POSITIONS)
         self.deferred_metrics, self.loss_filter = DeferredMetrics(self), LossFilter(self)
         self.checkpointing: LayerCheckpointing | None = None
         names = self.sharding_policy.class_names
@@ -215,7 +219,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # A loss function of the user's may gather numbers of its own, and look at them on one rank alone.
         if self.model.training and self.compute_loss_func is None:
-            with self.deferred_metrics.deferring():
+            with self.deferred_metrics.deferring(), counted_labels(inputs.get("labels")):
                 return super().compute_loss(model, inputs, *args, **kwargs)
         self.deferred_metrics.settle()
         return super().compute_loss(model, inputs, *args, **kwargs)

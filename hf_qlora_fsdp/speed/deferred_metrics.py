@@ -2,8 +2,7 @@
 
 Between forward and backward TRL counts tokens, and sums up entropy and accuracy: four gathers over all ranks, one after
 the other, and five numbers read from the device. With each the host waits until the device has done all it was given,
-and the device then waits until the host has queued something new. Where a step is bound by Python, that is a tenth of
-it.
+and the device then waits until the host has queued something new.
 
 None of these numbers is needed before it is logged. So while TRL computes the loss, `gather_for_metrics` returns a
 [`LateNumber`], which is like the tensor that it stands for, and writes down what is done with it:
