@@ -7,13 +7,11 @@ and makes the others again in the backward, which costs a pass over each.
 **Two functions, the second of which keeps nothing.** Gradient checkpointing runs a layer's forward again in the
 backward, and stops once everything that was kept is there again. An MLP is the last thing in a layer. As one function
 it would have to be run to its end, and the product of down, a third of it, is needed by nobody a second time. So
-`_Down` takes all that its backward needs from what `_Gated` has kept, whose backward comes next and gets it handed on.
+`_Down` takes all that its backward needs from what `_GateUp` has kept, whose backward comes next and gets it handed on.
 
 **In place where nobody looks.** What checkpointing has made again is for this backward alone, so gradients are written
-over it. What the forward itself has kept stays as it is, for whoever goes through the graph a second time. And the
-gradient of m, which autograd would hold while gate and up are differentiated, is gone before: `_Down` writes those of
-what gate and up have put out, with m in its place, and hands these on. What it returns for m, which nobody else has
-seen, is a placeholder.
+over it. What the forward itself has kept stays as it is, for whoever goes through the graph a second time. m is made
+again by the pass that makes these gradients, and takes the place of its own.
 
 Shape suffixes: T tokens, K hidden size, I inner size, R rank; C = K and what `joined_product.py` adds to it, and
 D = 2 I and what it adds.
@@ -39,8 +37,8 @@ from .lora_linear import (
 from .silu_product import silu_product, write_gradients
 
 
-class _Gated(torch.autograd.Function):
-    """m = silu(gate(x)) * up(x)."""
+class _GateUp(torch.autograd.Function):
+    """What gate and up put out, side by side, `[T, D]`."""
 
     @staticmethod
     def forward(ctx, x, gate_a, gate_b, up_a, up_b, gate_and_up, scalings):
@@ -49,49 +47,50 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(xh_TC, gu_TD)
         ctx.gate_and_up, ctx.scalings, ctx.handed_on, ctx.x_shape = gate_and_up, scalings, None, x.shape
         ctx.kept = weakref.ref(gu_TD.untyped_storage())
-        m_TI = silu_product(*gate_and_up.split(gu_TD))
-        # A plain view of something made in here could not be changed in place by those who get it.
-        return torch.ops.aten._unsafe_view(m_TI, (*x.shape[:-1], m_TI.shape[1]))
+        return gu_TD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _):
-        (xh_TC, d_TD), ctx.handed_on = ctx.handed_on, None
+    def backward(ctx, d_TD):
+        # What checkpointing has made again can be taken once, and `_Down` has.
+        xh_TC, ctx.handed_on = ctx.handed_on, None
         needs_x, *needs = ctx.needs_input_grad[:5]
         dx_TK, grads = ctx.gate_and_up.differentiate(d_TD, xh_TC, ctx.scalings, needs_x, needs)
         return (None if dx_TK is None else dx_TK.view(ctx.x_shape), *grads, None, None)
 
 
 class _Down(torch.autograd.Function):
-    """y = down(m), for an m that `_Gated` has put out."""
+    """y = down(m), m = silu(g) * u, for g and u that `_GateUp` has put out."""
 
     @staticmethod
-    def forward(ctx, m, down_a, down_b, down, scaling, gated):
-        y, _ = forward_product(m, down, down_a, down_b, scaling)
-        ctx.down, ctx.scaling, ctx.gated = down, scaling, gated
-        return y
+    def forward(ctx, gu_TD, down_a, down_b, down, scaling, gate_up, shape):
+        m_TI = silu_product(*gate_up.gate_and_up.split(gu_TD))
+        y_TK, _ = forward_product(m_TI, down, down_a, down_b, scaling)
+        ctx.down, ctx.scaling, ctx.gate_up = down, scaling, gate_up
+        # A plain view of something made in here could not be changed in place by those who get it.
+        return torch.ops.aten._unsafe_view(y_TK, shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        down, scaling, gated = ctx.down, ctx.scaling, ctx.gated
+        down, scaling, gate_up = ctx.down, ctx.scaling, ctx.gate_up
         _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        split = gated.gate_and_up.split
-        xh_TC, gu_TD = gated.saved_tensors  # what checkpointing has made again can be taken once
+        split = gate_up.gate_and_up.split
+        gate_up.handed_on, gu_TD = gate_up.saved_tensors
         dy_TK = dy.reshape(-1, dy.shape[-1])
         da_RI = db_KR = None
         dh_TR = backward_through_b(dy_TK, down, scaling)
         dm_TI = backward_to_input(dy_TK, dh_TR, down)
-        d_TD = gu_TD if gated.kept() is None else torch.empty_like(gu_TD)
+        d_TD = gu_TD if gate_up.kept() is None else torch.empty_like(gu_TD)
         write_gradients(dm_TI, *split(gu_TD), *split(d_TD), make_m=needs_a or needs_b)
+        if torch.is_anomaly_enabled():  # looks at all of it, and behind the gradients nothing is written yet
+            d_TD[:, gate_up.gate_and_up.num_outputs :].zero_()
         m_TI = dm_TI  # by now
         if needs_a:
             da_RI = dh_TR.t().mm(m_TI)
         if needs_b:
             db_KR = backward_to_b(dy_TK, m_TI.mm(down.lora_a.weight.t()), scaling)
-        gated.handed_on = xh_TC, d_TD
-        placeholder = dy.new_zeros(()).expand(*dy.shape[:-1], m_TI.shape[1])
-        return placeholder, da_RI, db_KR, None, None, None
+        return d_TD, da_RI, db_KR, None, None, None, None
 
 
 def apply_swiglu(
@@ -110,7 +109,9 @@ def apply_swiglu(
     """
     *inner_scalings, down_scaling = scalings
     parameters = [part.weight for layer in gate_and_up.layers for part in (layer.lora_a, layer.lora_b)]
-    m: Any = _Gated.apply(x, *parameters, gate_and_up, inner_scalings)
-    if m.grad_fn is None:  # nothing before down wants a gradient, so nothing was kept
-        return apply_lora_linear(m, down, down_scaling)
-    return _Down.apply(m, down.lora_a.weight, down.lora_b.weight, down, down_scaling, m.grad_fn)
+    gu_TD: Any = _GateUp.apply(x, *parameters, gate_and_up, inner_scalings)
+    shape = *x.shape[:-1], down.base.out_features
+    if gu_TD.grad_fn is None:  # nothing before down wants a gradient, so nothing was kept
+        m_TI = silu_product(*gate_and_up.split(gu_TD))
+        return apply_lora_linear(m_TI, down, down_scaling).view(shape)
+    return _Down.apply(gu_TD, down.lora_a.weight, down.lora_b.weight, down, down_scaling, gu_TD.grad_fn, shape)

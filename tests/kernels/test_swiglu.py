@@ -196,13 +196,38 @@ def test_what_is_computed_again_ends_before_down(monkeypatch):
             return of(*args, **options)
 
         monkeypatch.setattr(base, "dequantize", count)
+    passes = []
+
+    def count_pass(g, u):
+        passes.append(g.shape)
+        return silu_product(g, u)
+
+    monkeypatch.setattr(swiglu, "silu_product", count_pass)
     x, dy = torch.randn(2, 20, HIDDEN, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 20, HIDDEN).bfloat16()
     usual = differentiate(mlp, x, dy, *adapter)
-    assert counts == {"gate_proj": 2, "up_proj": 2, "down_proj": 2}
+    assert counts == {"gate_proj": 2, "up_proj": 2, "down_proj": 2} and len(passes) == 1
     counts.clear()
     again = differentiate(lambda x: checkpoint(mlp, x, use_reentrant=False), x, dy, *adapter)
-    assert counts == {"gate_proj": 3, "up_proj": 3, "down_proj": 2}
+    assert counts == {"gate_proj": 3, "up_proj": 3, "down_proj": 2} and len(passes) == 2
     assert all(map(torch.equal, again, usual))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_was_never_written_reaches_nobody(bias):
+    """Room beside matrices is filled with NaN, and anomaly detection looks for it."""
+    mlp = make_mlp(torch.float32, bias, **OF_EACH_ITS_OWN)
+    fuse_lora(mlp)
+    x, dy = torch.randn(4, HIDDEN, requires_grad=True), torch.randn(4, HIDDEN)
+    for run in (mlp, lambda x: checkpoint(mlp, x, use_reentrant=False)):
+        expected = differentiate(run, x, dy, *adapter_of(mlp))
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.empty(3).isnan().all()
+            with torch.autograd.set_detect_anomaly(True):
+                filled = differentiate(run, x, dy, *adapter_of(mlp))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(map(torch.equal, filled, expected))
 
 
 @pytest.mark.parametrize("shape", [(0, HIDDEN), (2, 0, HIDDEN), (HIDDEN,)], ids=str)

@@ -176,9 +176,9 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
     [
         ("70b", False, (14336, 8192), (14336, 8192)),
         ("8b", False, (14336, 4096), (14336, 4096)),
-        # Gate and up are one product, with room for two adapters of rank 16. The backward begins with down, in halves,
-        # and before that gate and up are computed again.
-        ("70b", True, (14336, 8192 + 32), (8192, 14336)),
+        # Gate and up are one product, with room for two adapters of rank 16; down comes after it, in halves, while what
+        # they put out is there. The backward begins with that, and before it gate and up are computed again.
+        ("70b", True, (8192, 14336), (8192, 14336)),
         ("8b", True, (2 * 14336, 4096 + 32), (2 * 14336, 4096 + 32)),
     ],
 )
