@@ -33,6 +33,7 @@ from trl import SFTTrainer
 from . import compat
 from .anatomy import decoder_layers, plan_units
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
+from .compat.trl_head_gradient import PATCH as HEAD_GRADIENT
 from .compat.trl_head_positions import PATCH as HEAD_POSITIONS
 from .compat.trl_head_positions import counted_labels
 from .config import QLoRAFSDPConfig
@@ -129,6 +130,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         settle_liger(args, num_mlps, self.accelerator.device.type)
         if self.padding_free:
             use_packed_attention(base_model(self.model))
+        compat.apply(HEAD_GRADIENT)
         if self.accelerator.device.type == "cuda":
             compat.apply(HEAD_POSITIONS)
         self.deferred_metrics, self.loss_filter = DeferredMetrics(self), LossFilter(self)

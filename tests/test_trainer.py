@@ -675,7 +675,7 @@ def test_the_table_at_the_start(ranks: RankPool, folder: str, out: str) -> None:
     assert rows["trained"] == f"{trained / 1000:.1f}K parameters, float32 masters"
     assert "bfloat16" in rows["dtypes"]
     assert rows["offload"].startswith("frozen weights in pageable host memory")
-    assert rows["patches"] == "accelerate-cpu-fsdp"
+    assert rows["patches"] == "accelerate-cpu-fsdp, trl-head-gradient"
     # Half of: codes, a byte a scale (64 weights), a float32 a 256 scales, one offset; each part in steps of 16 bytes.
     packed = 2 * sum(
         align(k * n // 2) + align(k * n // 64) + align(4 * -(-k * n // 64 // 256)) + 16 for k, n in linears

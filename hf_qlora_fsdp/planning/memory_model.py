@@ -24,7 +24,8 @@ the embedding stays gathered with it for the whole step.
 forward, since they may still be on their way (at the loss three of these are the norm's), and the layer's own in the
 backward. The first one stays in any case: it is the leaf that gradients end at.
 
-**The loss** is TRL's, which never has all logits: tiles of 4,096 tokens by 32,768 words.
+**The loss** is TRL's, which never has all logits: tiles of 4,096 tokens by 32,768 words where the head is trained, as
+many logits of fewer tokens where it is frozen (`compat/trl_head_gradient.py`).
 
 Outside of torch's allocator lie the CUDA context, the code of kernels and NCCL's buffers, and inside of it holes.
 Neither follows from anything here: both are measured (`cards.py`).
@@ -42,6 +43,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
+from ..compat.trl_head_gradient import tokens_at_a_time
 from .layer_trial import Trial, try_layer, try_norm
 from .settings import Settings
 from .weighing import ModelWeight, UnitWeight
@@ -163,7 +165,8 @@ class _Step:
         # An embedding that is the head, too, is gathered until the step's end.
         self.stays = self.embedding.parts.gathered(self.ranks) if self.embedding and not self.head else 0
         self.offloaded = settings.offloaded(weight)
-        self.hidden = settings.tokens * weight.config.get_text_config().hidden_size
+        text_config = weight.config.get_text_config()
+        self.hidden, self.num_words = settings.tokens * text_config.hidden_size, text_config.vocab_size
         # Where layers keep their inputs on the card, the first of these is it.
         self.leaf = self.hidden * self.itemsize if settings.activation_offloading else 0
 
@@ -206,19 +209,22 @@ class _Step:
         if settings.activation_offloading:
             kept = self.leaf + min(kept - self.leaf, STASH_AT_LOSS * max(trial.kept for _, trial in self.layers))
         norm = try_norm(self.weight, batch=settings.batch, seq=settings.seq, use_liger_kernel=settings.use_liger_kernel)
-        tile = min(settings.tokens, TILE_TOKENS) * TILE_WORDS * self.itemsize
+        end = head or self.embedding
+        trained_numel = end.parts.trained_numel(1) if end else 0
         whole = head.parts.gathered(self.ranks) if head else self.stays
         gathered = self._copied(head) if head else whole
         yield self._moment("gathering head", {"gathered units": gathered, "kept activations": kept})
         around = {"kept activations": kept + norm.kept}
-        # The norm's output, and of it the rows that count.
-        forward = {"gathered units": whole, "loss": tile + 2 * self.hidden * self.itemsize}
-        yield self._moment("loss", forward | around)
-        # These rows again, their gradient in float32, and that cast to their dtype.
-        backward = {"gathered units": whole, "loss": tile + self.hidden * (4 + 2 * self.itemsize)}
-        end = head or self.embedding
-        trained = end.parts.trained_numel(1) * (4 + self.itemsize) if end else 0  # a head that is trained whole
-        yield self._moment("loss, backward", backward | {"gradients": trained} | around)
+        # The norm's output, and of it the rows that count; with a frozen head their gradient, in part in float32.
+        rows = min(settings.tokens, tokens_at_a_time(self.num_words))
+        made = rows * (self.num_words * self.itemsize + 4 * self.hidden // settings.tokens)
+        tile = min(settings.tokens, TILE_TOKENS) * TILE_WORDS * self.itemsize
+        loss = 2 * self.hidden * self.itemsize + (tile if trained_numel else made + self.hidden * self.itemsize)
+        yield self._moment("loss", {"gathered units": whole, "loss": loss} | around)
+        # That gradient, multiplied by the loss's; or these rows again, their gradient in float32, and that cast.
+        loss = tile + self.hidden * (4 + 2 * self.itemsize) if trained_numel else 2 * self.hidden * self.itemsize
+        gradients = trained_numel * (4 + self.itemsize)
+        yield self._moment("loss, backward", {"gathered units": whole, "loss": loss, "gradients": gradients} | around)
 
     def _backward(self) -> Iterator[Moment]:
         offloading, layers = self.settings.activation_offloading, self.layers

@@ -55,10 +55,10 @@ def reverted(rank: int) -> tuple[bool, list[str]]:
     compat.revert(PATCH)
     original = AcceleratorState.__init__
     compat.apply(PATCH)
-    changed = AcceleratorState.__init__ is not original and compat.active_patches() == [PATCH.name]
+    changed = AcceleratorState.__init__ is not original and PATCH.name in compat.active_patches()
     compat.revert(PATCH)
     compat.revert(PATCH)
-    return changed and AcceleratorState.__init__ is original, compat.active_patches()
+    return changed and AcceleratorState.__init__ is original, PATCH.name in compat.active_patches()
 
 
 @pytest.mark.xfail(strict=True, reason=f"delete the patch when this passes: {PATCH.remove_when}", raises=AssertionError)
@@ -80,7 +80,7 @@ def test_one_process_of_a_group_is_fsdp_too() -> None:
 
 
 def test_revert_puts_the_original_back(ranks: RankPool) -> None:
-    assert ranks.run(reverted) == [(True, []), (True, [])]
+    assert ranks.run(reverted) == [(True, False), (True, False)]
 
 
 @pytest.mark.parametrize(

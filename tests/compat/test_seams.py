@@ -45,6 +45,12 @@ SEAMS: list[tuple[str, str, list[str]]] = [
     ("trl", "SFTTrainer._save_checkpoint", ["self", "model", "trial"]),
     ("trl", "SFTTrainer.__init__", ["model", "args", "train_dataset", "eval_dataset", "formatting_func"]),
     ("trl", "SFTTrainer.__init__", ["processing_class", "quantization_config", "peft_config"]),
+    # compat/ runs these, with these parameters in this order.
+    ("trl.trainer.utils", "_use_triton", ["device"]),
+    ("trl.trainer.utils", "_ChunkedLogProbFunction", []),
+    ("trl.kernels.chunked_logprob", "_addmm_fp32", ["acc", "a", "b"]),
+    ("trl.kernels.chunked_logprob", "_forward_tile", ["tile", "tile_stride", "targets", "running_max", "sum_exp"]),
+    ("trl.kernels.chunked_logprob", "_backward_tile", ["tile", "tile_stride", "targets", "log_z", "entropy"]),
     # trainer.py binds or calls these on accelerate's object.
     ("accelerate", "Accelerator._prepare_fsdp2", ["self", "args"]),
     ("accelerate", "Accelerator._prepare_one", ["self", "obj", "first_pass"]),
