@@ -2,6 +2,7 @@
 
 python benchmarks/table.py            runs of train_llama.py
 python benchmarks/table.py promises   runs that were held to a promise: offload.py and experts.py
+python benchmarks/table.py throughput   what throughput.py compares, and what is promised of it
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ import csv
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from throughput import ROWS
 
 RESULTS = Path(__file__).parent / "results.csv"
 RUNS = {
@@ -36,6 +41,9 @@ TABLES = {
 }
 
 
+_TIMED: Any = re.compile(r"--steps (\d+) --repetitions (\d+)")
+
+
 def read_runs(script: re.Pattern[str], results: Path = RESULTS) -> dict[tuple[str, str], dict[str, str]]:
     """Return the figures of each run whose command matches, by hardware and what the pattern's groups say of it."""
     runs: dict[tuple[str, str], dict[str, str]] = {}
@@ -51,12 +59,35 @@ def read_runs(script: re.Pattern[str], results: Path = RESULTS) -> dict[tuple[st
 
 def format_table(which: str) -> str:
     """Format one of the tables in Markdown. A figure that a run has not got is left out of its row."""
+    if which == "throughput":
+        return format_claims()
     columns, script = TABLES[which]
     lines = [f"| run | hardware | {' | '.join(columns.values())} |", "|---|---|" + "---|" * len(columns)]
     for (hardware, arguments), figures in read_runs(script).items():
         if "used, load" not in figures or "used, steady" in figures:
             values = " | ".join(_format(name, figures.get(name)) for name in columns)
             lines.append(f"| `{arguments}` | {hardware} | {values} |")
+    return "\n".join(lines)
+
+
+def format_claims(results: Path = RESULTS) -> str:
+    """Format what `throughput.py` claims, beside the latest that was measured on GPUs."""
+    with results.open(newline="") as stream:
+        measured = {row["claim"]: row for row in csv.DictReader(stream) if "CPU" not in row["hardware"]}
+    lines = ["| row | what | promised | measured | steps | hardware |", "|---|---|---|---|---|---|"]
+    for name, claims in ROWS.items():
+        for claim in claims:
+            row = measured.get(f"throughput {name}: {claim.what}")
+            if row is None:
+                lines.append(f"| {name} | {claim.what} | {claim.describe_promise()} | not yet | | |")
+                continue
+            value = float(row["value"])
+            said = f"{value:.3g} {claim.unit}" + ("" if claim.is_kept(value) else ", not kept")
+            steps, repetitions = _TIMED.search(row["command"]).groups()
+            timed = f"{repetitions} x {steps}"
+            lines.append(
+                f"| {name} | {claim.what} | {claim.describe_promise()} | {said} | {timed} | {row['hardware']} |"
+            )
     return "\n".join(lines)
 
 

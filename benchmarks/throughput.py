@@ -7,14 +7,15 @@ group of processes does all runs of a kind, each on a fresh model, and two on on
 
     python benchmarks/throughput.py --profile /tmp/profiles      # all rows, and profiles of ours
 
-Where a call may take ten minutes, three calls do all rows on two H100s; stock runs in each that compares with it. The
-minutes are reckoned from the rates in `results.csv` and 30 s for each start, 5 to 17 s for each of our loads, 20 s for
-each of stock's; nobody has timed the calls themselves. `--checkpoints` saves writing stock's 15 GiB a second time.
+Where a call may take ten minutes, three calls do all rows on two GPUs; stock runs in each that compares with it. The
+first was timed, with profiles, and with writing stock's 15 GiB, which `--checkpoints` spares the others; these are
+reckoned.
 
     W="--minutes 9.5 --checkpoints /tmp/stock"
-    python benchmarks/throughput.py $W --row 8b-batch-2 --row 8b-batch-8 --row 8b-batch-8-auto            # 7 minutes
+    L="--row 8b-batch-8 --row 8b-batch-8-liger"
+    python benchmarks/throughput.py $W $L --row 8b-batch-2 --row 8b-batch-8-auto                          # 6 minutes
     python benchmarks/throughput.py $W --row 8b-packed --row 100-steps --row 70b                          # 7 minutes
-    python benchmarks/throughput.py $W --row 8b-batch-8-liger --row sharding-overhead --row one-gpu       # 7 minutes
+    python benchmarks/throughput.py $W --row 8b-batch-8 --row sharding-overhead --row one-gpu             # 7 minutes
 
 Rows that are not done in time are said to be not measured.
 

@@ -89,8 +89,7 @@ OURS = {"kind": "ours", "num_ranks": 2, "liger": True}
 HUNDRED = {"shape": "llama-3.2-1b", "batch": 2, "num_steps": 100, "options": (("learning_rate", 1e-3),)}
 STOCK = {"kind": "stock", "num_ranks": 2}
 RUNS = {
-    # Two rows leave room for the whole 4-bit model, which then is gathered once a step.
-    "ours-2": Run(**OURS, batch=2, options=(("reshard_after_forward", False),)),
+    "ours-2": Run(**OURS, batch=2),
     "ours-8": Run(**OURS, batch=8),
     "ours-8-auto": Run(**OURS, batch=8, cap_gib=72, options=(("checkpoint_layers", "auto"),)),
     "ours-packed": Run(**OURS, batch=1, packed=True),

@@ -87,7 +87,7 @@ def test_the_plan_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
         assert line.strip() == "..." or line in printed, line
 
 
-@pytest.mark.parametrize("which", ["", "promises"])
+@pytest.mark.parametrize("which", ["", "promises", "throughput"])
 def test_tables_of_results_are_the_generated_ones(which):
     from benchmarks.table import format_table
 

@@ -49,7 +49,7 @@ def patched(rank: int) -> tuple[dict[str, Any], list[str]]:
         compat.revert(PATCH)
 
 
-def reverted(rank: int) -> tuple[bool, list[str]]:
+def reverted(rank: int) -> tuple[bool, bool]:
     from accelerate.state import AcceleratorState
 
     compat.revert(PATCH)
