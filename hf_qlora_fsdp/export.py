@@ -36,7 +36,7 @@ from .errors import EmptyAdapterError
 from .packed_linear import PackedLinear4bit
 from .quantization import write_quantization
 from .ranks import fail_together, rank
-from .sharding import base_model
+from .sharding import base_model, shard_again
 from .units import format_dtype
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
@@ -51,7 +51,8 @@ def canonical_name(name: str) -> str:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by their canonical names."""
+    """Return the trainable parameters by their canonical names, as shards, in full precision, whatever ran before."""
+    shard_again(model)
     return {canonical_name(name): value for name, value in model.named_parameters() if value.requires_grad}
 
 

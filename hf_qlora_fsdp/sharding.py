@@ -250,6 +250,18 @@ def check_sharded(model: nn.Module, policy: ShardingPolicy) -> None:
             raise ShardingError(f"Rank {dist.get_rank()} holds more than its share of {name}.")
 
 
+def shard_again(model: nn.Module) -> None:
+    """Have every unit show its shards. After a forward without a backward, those that are kept until then show whole
+    weights, rounded to the parameter dtype: the head's always, all of them with `reshard_after_forward=False`.
+
+    Args:
+        model (`nn.Module`): The model, sharded or not, between two steps.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def base_model(model: Any) -> PreTrainedModel:
     """Return the transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

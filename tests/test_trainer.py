@@ -54,10 +54,12 @@ def train_ours(rank: int, folder: str, specs: dict[str, dict[str, Any]]) -> dict
     for name, spec in specs.items():
         changes = dict(spec)
         rows, peft = changes.pop("rows", "equal"), changes.pop("peft", None)
-        trainer = training.ours(folder, make_rows(rows), changes, peft)
+        changes |= {"eval_strategy": "steps", "eval_steps": 3}
+        trainer = training.ours(folder, make_rows(rows), changes, peft, eval_dataset=training.equal_rows(3))
         first = training.adapter_of(trainer.model)
         runs[name] = training.run(trainer)
         runs[name].extra = {
+            "eval_losses": [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log],
             "num_fused": sum(isinstance(module.forward, FusedLora) for module in trainer.model.modules()),
             "first": first,
             "trained_dtypes": {p.dtype for p in trainer.model.parameters() if p.requires_grad},
@@ -152,6 +154,8 @@ def test_bfloat16_strays_from_float32_no_further_than_plain_trl(
 def test_memory_savers_change_no_bit(trajectories: dict[str, training.Run], run: str) -> None:
     assert trajectories[run].losses == trajectories["bfloat16"].losses
     assert trajectories[run].grad_norms == trajectories["bfloat16"].grad_norms
+    evaluated = trajectories[run].extra["eval_losses"]
+    assert evaluated == trajectories["bfloat16"].extra["eval_losses"] and evaluated[-1] < evaluated[0]
     for name, tensor in trajectories["bfloat16"].adapter.items():
         assert torch.equal(trajectories[run].adapter[name], tensor), name
     assert trajectories[run].extra["checkpointed"] == (run == "checkpointing")
@@ -220,6 +224,40 @@ def test_features_are_on(features: dict[str, tuple[training.Run, training.Run]])
 
 def test_accumulation_equals_a_larger_batch(features: dict[str, tuple[training.Run, training.Run]]) -> None:
     assert_close(features["accumulation"][0], features["larger batch"][0], FEATURE_STEPS)
+
+
+def save_after_a_forward(rank: int, folder: str, out: str, evaluates: bool) -> dict[str, bool]:
+    """Train, run the model without a backward, and say for each way to train whether float32 masters were saved."""
+    from safetensors.torch import load_file
+
+    ways = {
+        "as it comes": ({}, None),
+        "kept gathered": ({"reshard_after_forward": False}, None),
+        "trained head": ({}, {"modules_to_save": ["lm_head"]}),
+    }
+    saved = {}
+    for way, (changes, peft) in ways.items():
+        sets = {"eval_dataset": training.equal_rows(3)}
+        trainer = training.ours(folder, training.equal_rows(8), {"folder": out, "max_steps": 2} | changes, peft, **sets)
+        trainer.train()
+        expected = training.adapter_of(trainer.model)
+        if evaluates:
+            trainer.evaluate()
+        else:
+            prompt = torch.tensor([[3, 4, 5]], device=trainer.args.device)
+            trainer.model.generate(input_ids=prompt, max_new_tokens=2, do_sample=False)
+        trainer.save_model(f"{out}/{way}")
+        read = load_file(f"{out}/{way}/adapter_model.safetensors")
+        named = {name.replace(".modules_to_save", ""): tensor for name, tensor in expected.items()}
+        saved[way] = read.keys() == named.keys() and all(torch.equal(read[name], named[name]) for name in named)
+    return saved
+
+
+@pytest.mark.parametrize("evaluates", [True, False], ids=["evaluated", "generated"])
+def test_what_was_gathered_is_saved_from_its_shards(ranks: RankPool, folder: str, out: str, evaluates: bool) -> None:
+    """A unit that a forward keeps for its backward waits for one in vain, and shows 16 bits meanwhile."""
+    for saved in ranks.run(save_after_a_forward, folder, out, evaluates):
+        assert saved == dict.fromkeys(("as it comes", "kept gathered", "trained head"), True)
 
 
 # ---- Every way in ----------------------------------------------------------------------------------------------------

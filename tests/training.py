@@ -130,12 +130,13 @@ def plain_model(folder: str, dtype: torch.dtype, device: str = "cpu", **quantiza
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:
     """Gather the trained tensors whole, by their own names less PEFT's `default`. A collective."""
+    from hf_qlora_fsdp.export import trainable_parameters
+
     whole = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            value = parameter.detach()
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            whole[name.replace(".default.", ".")] = value.cpu().clone()
+    for name, parameter in trainable_parameters(model).items():
+        value = parameter.detach()
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        whole[name.replace(".default.", ".")] = value.cpu().clone()
     return whole
 
 
