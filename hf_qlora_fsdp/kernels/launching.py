@@ -6,7 +6,8 @@ nothing but addresses. So the first one goes that way and leaves the compiled ke
 arguments, as Triton's tutorials do ("Fused Softmax", https://triton-lang.org/main/getting-started/tutorials).
 
 What a kernel is compiled for includes that addresses are multiples of 16. Of tensors where they are not, and where
-Triton's interpreter runs, which compiles nothing, each launch is a first one.
+Triton's interpreter runs, which compiles nothing, each launch is a first one. So is it on AMD's GPUs, for which Triton
+also looks whether tensors lie in storages of less than 2 GiB, since their kernels then count in 32 bits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Launcher:
 
     def __init__(self, kernel: Any, numbers: tuple[int, ...], constants: dict[str, Any], **options: Any) -> None:
         self.kernel, self.numbers, self.constants, self.options = kernel, numbers, constants, options
-        self.rest = (*numbers, *constants.values())
+        self.rest = (*numbers, *constants.values())  # a compiled kernel knows no names
+        assert list(constants) == kernel.arg_names[-len(constants) :], "constants in another order than the kernel's"
         self.compiled: Any = None
 
     def __call__(self, num_programs: int, *tensors: torch.Tensor) -> None:
@@ -41,7 +43,7 @@ class Launcher:
             compiled[num_programs, 1, 1](*tensors, *self.rest)
             return
         compiled = self.kernel[(num_programs,)](*tensors, *self.numbers, **self.constants, **self.options)
-        if addresses % 16 == 0:
+        if addresses % 16 == 0 and torch.version.hip is None:
             self.compiled = compiled
 
 
