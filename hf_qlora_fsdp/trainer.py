@@ -206,7 +206,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with frozen_objects():
+        with frozen_objects(), self.loss_filter.at_work():
             return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -9,6 +9,8 @@ filtered, until it has asked.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +25,20 @@ class LossFilter:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.is_due = False
+        self.is_at_work = self.is_due = False
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Filter while upstream's loop runs, and however it ends, leave the arguments as they were.
+
+        Without it nobody asks them, and there is no average.
+        """
+        self.is_at_work = True
+        try:
+            yield
+        finally:
+            self.is_at_work = False
+            self.restore()
 
     def filter(self, loss: torch.Tensor) -> torch.Tensor:
         """Return a micro-batch's loss, or what is logged in its place.
@@ -33,7 +48,8 @@ class LossFilter:
             losses".
         """
         trainer = self.trainer
-        if not trainer.args.logging_nan_inf_filter:
+        self.restore()  # in case a script counts operations in its own way
+        if not (self.is_at_work and trainer.args.logging_nan_inf_filter):
             return loss
         trainer.args.logging_nan_inf_filter, self.is_due = False, True
         num_steps = 1 + trainer.state.global_step - trainer._globalstep_last_logged

@@ -83,3 +83,33 @@ def test_what_is_logged_is_what_transformers_logs(
         assert ("nan" in str(mine["losses"]) or "inf" in str(mine["losses"])) is not is_filtering
         assert mine["reads"] == [0] * 8 and all(reference["reads"]) is is_filtering
         assert mine["said"] == [is_filtering] * 8
+
+
+def step_by_hand_and_fail(rank: int, folder: str, out: str) -> list[Any]:
+    """Take a step without `train`, end a training after a loss, and train with operations counted in another way."""
+    from hf_qlora_fsdp import QLoRAFSDPTrainer
+
+    trainer = training.ours(folder, training.equal_rows(4), {"folder": out, "max_steps": 2})
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+    trainer.model.zero_grad()
+    said = [bool(loss > 0), trainer.args.logging_nan_inf_filter]
+
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        QLoRAFSDPTrainer.training_step(trainer, *args, **kwargs)
+        raise KeyError("of a script's own")
+
+    trainer.training_step = training_step
+    said += [training.refusal(trainer.train)[0], trainer.args.logging_nan_inf_filter]
+    del trainer.training_step
+    nothing, seen = torch.tensor(float("nan")), []
+    trainer.floating_point_ops = lambda inputs: seen.append(bool(trainer.loss_filter.filter(nothing).isfinite())) or 0
+    trainer.train()
+    return [*said, seen, trainer.args.logging_nan_inf_filter]
+
+
+def test_arguments_are_left_as_they_were(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder, out = make_checkpoint(tmp_path_factory.mktemp("model")), str(tmp_path_factory.mktemp("out"))
+    for said in ranks.run(step_by_hand_and_fail, folder, out):
+        assert said == [True, True, "KeyError", True, [True, True], True]
