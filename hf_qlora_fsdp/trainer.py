@@ -219,8 +219,9 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         return self.loss_filter.filter(loss)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        # A loss function of the user's may gather numbers of its own, and look at them on one rank alone.
-        if self.model.training and self.compute_loss_func is None:
+        # Where a script takes steps by itself, nobody settles. A loss function of the user's may gather numbers of its
+        # own, and look at them on one rank alone.
+        if self.is_in_train and self.model.training and self.compute_loss_func is None:
             with self.deferred_metrics.deferring(), counted_labels(inputs.get("labels")):
                 return super().compute_loss(model, inputs, *args, **kwargs)
         self.deferred_metrics.settle()

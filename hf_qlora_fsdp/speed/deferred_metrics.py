@@ -12,7 +12,7 @@ None of these numbers is needed before it is logged. So while TRL computes the l
 
 Once the step's backward is queued, and before the norm of its gradients is read, all that was to be gathered is
 gathered at once, and the tape is played on the host: the same operations, in the same order, on the same numbers.
-Outside of a step's forwards and backwards nobody meets anything but plain numbers.
+Outside of a step nobody meets anything but plain numbers; between its micro-batches (`on_substep_end`) a callback does.
 
 Only one thing cannot be put off, and that is a branch. `num_valid > 0`, which keeps TRL from dividing by nothing, is
 taken to hold; where it turns out not to, quotients by that number are the 0.0 that TRL would have logged. Whatever

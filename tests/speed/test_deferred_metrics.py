@@ -118,6 +118,23 @@ def test_what_is_logged_is_what_trl_logs(
         assert ours["seen"] == [] and len(theirs["seen"]) > 8 * changes.get("max_steps", 6)
 
 
+def step_by_hand(rank: int, folder: str, out: str) -> set[str]:
+    trainer = training.ours(folder, draw_rows(4), {"folder": out})
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+    numbers = [*(values[0] for values in trainer._metrics["train"].values()), trainer._total_train_tokens]
+    return {type(number).__name__ for number in numbers}
+
+
+def test_nothing_is_put_off_in_steps_that_a_script_takes(
+    ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = make_checkpoint(tmp_path_factory.mktemp("model"))
+    for kinds in ranks.run(step_by_hand, folder, str(tmp_path_factory.mktemp("out"))):
+        assert kinds == {"int", "float"}
+
+
 class Alone:
     """An accelerator of one rank, whose device is the CPU; it counts what is gathered."""
 
