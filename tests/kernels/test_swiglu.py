@@ -291,6 +291,19 @@ def interpret() -> None:
         kernels.write_gradients(dm, *halves, *gradients.chunk(2, dim=1), False)
         assert torch.equal(kernels.silu_product(*halves), mine[0])
         assert torch.equal(gradients, torch.cat(mine[1:3], dim=1))
+
+    launched: Counter[Any] = Counter()
+
+    class Counting(kernels.Launcher):
+        def __call__(self, num_programs, *tensors):
+            could_be_compiled = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+            launched[self.kernel.fn.__name__, id(self)] += could_be_compiled
+            super().__call__(num_programs, *tensors)
+
+    kernels.Launcher = Counting
+    kernels._prepare.cache_clear()
+    assert torch_ones._find_kernels(torch.device("cpu")) is kernels
+    assert {name for (name, _), number in launched.items() if number > 1} == {"_forward", "_backward"}  # both ways
     print("compared all shapes")
 
 
