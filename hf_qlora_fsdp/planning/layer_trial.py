@@ -320,7 +320,10 @@ def _dequantize(
     """Make what `packing.dequantize` does, and on the meta device nothing beside it."""
     if not packed.is_meta:
         return dequantize(packed, layout, dtype, rows, columns, out)
-    return _dequantize_on_meta(packed, layout.part(rows, columns).shape, layout, dtype) if out is None else out
+    if out is not None and (out.is_contiguous() or layout.has_whole_rows):
+        return out
+    weight = _dequantize_on_meta(packed, layout.part(rows, columns).shape, layout, dtype)
+    return weight if out is None else out  # into which it would be copied
 
 
 def _dequantize_on_meta(

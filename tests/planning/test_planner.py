@@ -195,6 +195,14 @@ def test_of_large_weights_a_piece_is_there_in_16_bits(weights, shape, fuse, forw
         assert fuse or pieces["activations"] == at_once["activations"]  # one moment is the peak of both
 
 
+def test_a_weight_whose_rows_are_no_whole_blocks_is_there_twice_while_it_is_joined_with_another():
+    """It cannot be written into wider rows by the kernel that makes it."""
+    weight = weigh_model(config_of(LLAMA_8B | {"hidden_size": 4096 + 32, "head_dim": 128}))
+    trial = try_layer(weight, weight.layers[0].kind, batch=1, seq=2048)
+    joined, alone = 2 * 14336 * (4096 + 32 + 32), 14336 * (4096 + 32)
+    assert trial.forward["dequantised weights"] == 2 * (joined + alone)
+
+
 UNUSUAL: dict[str, dict[str, Any]] = {
     # Its router adds a buffer to what it computes.
     "deepseek": {"model_type": "deepseek_v3", "moe_intermediate_size": 64, "n_routed_experts": 4, "n_group": 1}
