@@ -103,6 +103,21 @@ def test_it_is_no_less_exact_than_peft(dtype, bias, x_wants_gradient, options):
         assert mine <= 1.5 * theirs
 
 
+def test_what_memory_held_before_is_not_computed_with(monkeypatch):
+    """Room is left beside weights, inputs and gradients: nothing may be in there that zeros do not cancel."""
+
+    def fill(self: torch.Tensor, *size: Any) -> torch.Tensor:
+        return self.new_full(torch.Size(size if isinstance(size[0], int) else size[0]), float("nan"))
+
+    mlp = make_mlp(torch.float32, bias=True, **OF_EACH_ITS_OWN)
+    fuse_lora(mlp)
+    monkeypatch.setattr(torch.Tensor, "new_empty", fill)
+    x = torch.randn(4, HIDDEN, requires_grad=True)
+    for run in (mlp, lambda x: checkpoint(mlp, x, use_reentrant=False)):
+        results = differentiate(run, x, torch.ones(4, HIDDEN), *adapter_of(mlp))
+        assert all(result.isfinite().all() for result in results)
+
+
 def test_two_wide_tensors_are_kept_instead_of_four():
     mlp = make_mlp(torch.bfloat16)
     x = torch.randn(4, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
