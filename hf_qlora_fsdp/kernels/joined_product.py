@@ -174,7 +174,7 @@ class JoinedLayers:
 
 
 def new_weight(like: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
-    """Return room for weights in 16 bits."""
+    """Return room for weights, in the dtype of products."""
     return like.new_empty(num_rows, num_columns)
 
 

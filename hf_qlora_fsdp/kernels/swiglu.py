@@ -47,6 +47,7 @@ class _GateUp(torch.autograd.Function):
         ctx.save_for_backward(xh_TC, gu_TD)
         ctx.gate_and_up, ctx.scalings, ctx.handed_on, ctx.x_shape = gate_and_up, scalings, None, x.shape
         ctx.kept = weakref.ref(gu_TD.untyped_storage())
+        ctx.overwritten = None
         return gu_TD
 
     @staticmethod
@@ -76,12 +77,20 @@ class _Down(torch.autograd.Function):
         down, scaling, gate_up = ctx.down, ctx.scaling, ctx.gate_up
         _, needs_a, needs_b, *_ = ctx.needs_input_grad
         split = gate_up.gate_and_up.split
-        gate_up.handed_on, gu_TD = gate_up.saved_tensors
+        xh_TC, gu_TD = gate_up.saved_tensors
+        if gate_up.overwritten is not None and gate_up.overwritten() is gu_TD.untyped_storage():
+            raise RuntimeError(
+                "Tensors that an earlier backward was given, and wrote over, were given to this one as well. Hooks for "
+                "saved tensors that keep none of the forward's must return new ones each time they are asked."
+            )
         dy_TK = dy.reshape(-1, dy.shape[-1])
         da_RI = db_KR = None
         dh_TR = backward_through_b(dy_TK, down, scaling)
         dm_TI = backward_to_input(dy_TK, dh_TR, down)
-        d_TD = gu_TD if gate_up.kept() is None else torch.empty_like(gu_TD)
+        if gate_up.kept() is None:
+            d_TD, gate_up.overwritten = gu_TD, weakref.ref(gu_TD.untyped_storage())
+        else:
+            d_TD = torch.empty_like(gu_TD)
         write_gradients(dm_TI, *split(gu_TD), *split(d_TD), make_m=needs_a or needs_b)
         if torch.is_anomaly_enabled():  # looks at all of it, and behind the gradients nothing is written yet
             d_TD[:, gate_up.gate_and_up.num_outputs :].zero_()
@@ -90,7 +99,9 @@ class _Down(torch.autograd.Function):
             da_RI = dh_TR.t().mm(m_TI)
         if needs_b:
             db_KR = backward_to_b(dy_TK, m_TI.mm(down.lora_a.weight.t()), scaling)
-        return d_TD, da_RI, db_KR, None, None, None, None
+        # As aliases, so that hooks that have fetched them, TRL's offloading say, see that they are in use.
+        gate_up.handed_on = xh_TC.detach()
+        return d_TD.detach(), da_RI, db_KR, None, None, None, None
 
 
 def apply_swiglu(

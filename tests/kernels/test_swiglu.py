@@ -265,6 +265,47 @@ def test_graph_can_be_used_twice():
     assert torch.equal(torch.autograd.grad(y, mlp.up_proj.lora_A["default"].weight)[0], first[3])
 
 
+def test_what_is_fetched_back_stays_until_gate_and_up_have_read_it():
+    """TRL's activation offloading lets go of what a node's backward has fetched, unless its storage has more users.
+
+    What it lets go of, it writes over, since it fetches on a stream of its own (`OffloadActivations`, `use_streams`).
+    """
+    mlp = make_mlp(torch.float32)
+    fuse_lora(mlp)
+    x, dy = torch.randn(4, HIDDEN, requires_grad=True), torch.randn(4, HIDDEN)
+    expected = differentiate(mlp, x, dy, *adapter_of(mlp))
+
+    def count_users(tensor: torch.Tensor) -> int:
+        return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+    def fetch(kept: torch.Tensor) -> torch.Tensor:
+        fetched = kept.clone()
+        num_users = count_users(fetched)
+
+        def let_go(*_: Any) -> None:
+            if count_users(fetched) <= num_users:
+                fetched.fill_(float("nan"))
+
+        torch._C._current_autograd_node().register_hook(let_go)
+        return fetched
+
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, fetch):
+        y = mlp(x)
+    gradients = torch.autograd.grad(y, [x, *adapter_of(mlp)], dy)
+    assert all(map(torch.equal, gradients, expected[1:]))
+
+
+def test_hooks_that_return_what_was_written_over_are_told_so():
+    mlp = make_mlp(torch.float32)
+    fuse_lora(mlp)
+    x = torch.randn(4, HIDDEN, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+        y = mlp(x).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="must return new ones"):
+        y.backward()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_product_with_silu_and_its_gradients(dtype):
     g, u, dm = (torch.randn(3, 50, dtype=dtype) for _ in range(3))
