@@ -195,9 +195,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a repetition (%(default)s)")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=3, help="steps before them (%(default)s)")
-    parser.add_argument(
-        "--profile", type=Path, help="folder for profiles of one more step of our timed runs"
-    )
+    parser.add_argument("--profile", type=Path, help="folder for profiles of one more step of our timed runs")
     parser.add_argument("--checkpoints", type=Path, help="folder for stock's random weights, to find them again")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
