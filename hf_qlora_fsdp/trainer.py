@@ -130,9 +130,9 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         settle_liger(args, num_mlps, self.accelerator.device.type)
         if self.padding_free:
             use_packed_attention(base_model(self.model))
-        compat.apply(HEAD_GRADIENT)
+        compat.apply_or_say(HEAD_GRADIENT)
         if self.accelerator.device.type == "cuda":
-            compat.apply(HEAD_POSITIONS)
+            compat.apply_or_say(HEAD_POSITIONS)
         self.deferred_metrics, self.loss_filter = DeferredMetrics(self), LossFilter(self)
         self.checkpointing: LayerCheckpointing | None = None
         names = self.sharding_policy.class_names

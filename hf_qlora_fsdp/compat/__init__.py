@@ -66,6 +66,13 @@ def apply(patch: Patch) -> None:
     log_once("Patched %s (%s): %s Until: %s.", patch.target, patch.name, patch.symptom, patch.remove_when)
 
 
+def apply_or_say(patch: Patch) -> None:
+    """Put a patch in place that makes upstream faster, and say so where the installed version is not one it knows."""
+    apply(patch)
+    if not patch.is_needed:
+        log_once("The patch %s is not in place, since it is for %s: %s", patch.name, patch.affects, patch.symptom)
+
+
 def revert(patch: Patch) -> None:
     """Put the original back."""
     if patch.name in _originals:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 
+from hf_qlora_fsdp import compat
 from hf_qlora_fsdp.compat import trl_head_gradient
 from hf_qlora_fsdp.compat.trl_head_gradient import PATCH, tokens_at_a_time
 
@@ -151,6 +154,14 @@ def test_trl_does_what_is_not_ours():
         assert not call(ours, case, PLAIN)[0].requires_grad
     none = {name: None if value is None else value[:0] for name, value in case.items() if name in ("hidden", "targets")}
     assert call(ours, case | none, PLAIN)[0].shape == (0,)
+
+
+def test_an_unknown_version_is_left_alone_and_named(caplog):
+    newer = dataclasses.replace(PATCH, name="for another head", affects="trl>=99")
+    with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
+        compat.apply_or_say(newer)
+    assert newer.name not in compat.active_patches()
+    assert "for another head is not in place, since it is for trl>=99: Logits are computed twice" in caplog.text
 
 
 def test_entropy_has_no_gradient_and_says_so():
