@@ -146,7 +146,7 @@ PATCH = Patch(
     name="trl-head-gradient",
     target="trl.trainer.utils:_ChunkedLogProbFunction",
     affects="trl>=1.16,<1.17",
-    symptom="Logits are computed twice a step, also of a head that is frozen.",
+    symptom="Logits are made again in the backward, also of a head that is frozen.",
     upstream="https://github.com/huggingface/trl/blob/v1.16.0/trl/kernels/chunked_logprob.py",
     remove_when="TRL makes the gradient of a frozen head in its forward",
     build=_build,

@@ -161,7 +161,7 @@ def test_an_unknown_version_is_left_alone_and_named(caplog):
     with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
         compat.apply_or_say(newer)
     assert newer.name not in compat.active_patches()
-    assert "for another head is not in place, since it is for trl>=99: Logits are computed twice" in caplog.text
+    assert "for another head is not in place, since it is for trl>=99: Logits are made again" in caplog.text
 
 
 def test_entropy_has_no_gradient_and_says_so():
