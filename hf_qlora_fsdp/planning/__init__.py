@@ -3,7 +3,7 @@
 planner            the two questions, `estimate_memory` and `plan`
 model_config       `config.json`, held to what a plan needs of it
 weighing           every parameter of every unit, from it
-layer_trial        what a decoder layer takes while it computes
+layer_trial        what a decoder layer takes while it computes; stand_ins: in the place of what runs on cards alone
 machine, cards     what there is: cards, links and hosts
 settings           how the run is set up, and what goes together
 memory_model       a card, moment by moment; memory_estimate: card, host and disk together

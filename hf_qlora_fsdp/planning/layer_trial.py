@@ -11,13 +11,8 @@ Two layers in a row are run, the same one twice, since a layer is best seen betw
           (the one before)               forward    the most at a time in the second forward, less what the first keeps
     x0 <- layer <- x1 <- layer <- x2     backward   the most at a time in the second backward, likewise
 
-What runs on cards alone is stood in for, by what it allocates: flash attention (its output, one number a row and head,
-and in the backward an accumulator in float32), Liger's norm, and our Triton kernels. So are routers, whose choice needs
+What runs on cards alone is stood in for, by what it allocates (`stand_ins.py`). So are routers, whose choice needs
 values: they are taken to be balanced.
-
-Source:
-    Flash attention's buffers: pytorch/aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp (`mha_fwd`,
-    `mha_bwd`). Liger's norm: liger_kernel/ops/rms_norm.py, which writes the gradient of the input over the output's.
 """
 
 from __future__ import annotations
@@ -26,24 +21,19 @@ import contextlib
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from .. import packed_linear
-from ..experts import layers as experts
-from ..experts.stacks import StackLayout, dequantize_pieces
-from ..kernels import joined_product, silu_product, swiglu
-from ..packing import ALL, PackedLayout, dequantize
 from ..ranks import logger
 from ..speed.fusion import FusedLora, fuse_lora, unfuse_lora
+from .stand_ins import FlashAttention, LigerNorm, cause_of, kernels_stood_in_for
 from .weighing import ModelWeight
 
 ALLOCATION_BYTES = 512
@@ -83,8 +73,6 @@ class NormTrial:
 class _Meter(TorchDispatchMode):
     """Counts the bytes of meta tensors as a card's allocator would, by cause."""
 
-    cause = "activations"
-
     def __init__(self, known: Iterator[torch.Tensor]) -> None:
         super().__init__()
         self.alive: dict[int, tuple[int, str]] = {}
@@ -111,8 +99,7 @@ class _Meter(TorchDispatchMode):
         if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0]  # rotary frequencies that depend on positions: others have the same shape
         result = func(*args, **(kwargs or {}))
-        cause = "dequantised weights" if func.namespace == "bitsandbytes" else self.cause
-        pytree.tree_map_only(torch.Tensor, lambda tensor: self._count(tensor, cause), result)
+        pytree.tree_map_only(torch.Tensor, lambda tensor: self._count(tensor, cause_of(func)), result)
         return result
 
     def _count(self, tensor: torch.Tensor, cause: str) -> None:
@@ -191,7 +178,7 @@ def _run_twice(layer: Any, named: dict[str, Any], shape: tuple[int, int, int], c
     dtype = next(p.dtype for p in layer.parameters() if p.requires_grad or p.ndim == 1)
     trained = [p for p in layer.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(lambda p: meter.relabel(p.grad, "gradients")) for p in trained]
-    with _FlashAttention(), meter:
+    with FlashAttention(), meter:
         x = torch.empty(shape, dtype=dtype, device="meta").requires_grad_()
         x = _first(run(x))
         before = meter.now
@@ -264,17 +251,12 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
     for module, own in buffers:
         module._buffers.update({name: buffer.to("meta") for name, buffer in own.items() if buffer is not None})
     for norm in norms:
-        norm.forward = lambda x, module=norm: _LigerNorm.apply(x, module.weight)
+        norm.forward = lambda x, module=norm: LigerNorm.apply(x, module.weight)
     model.train()
-    in_place_of = [(module, name, getattr(module, name)) for module, name, _ in _STAND_INS]
-    for module, name, stand_in in _STAND_INS:
-        setattr(module, name, stand_in)
     try:
-        with fused_layers(weight) if fuse else contextlib.nullcontext():
+        with kernels_stood_in_for(), fused_layers(weight) if fuse else contextlib.nullcontext():
             yield
     finally:
-        for module, name, own in in_place_of:
-            setattr(module, name, own)
         for module, real in buffers:
             module._buffers.update(real)
         for norm in norms:
@@ -298,64 +280,6 @@ def fused_layers(weight: ModelWeight) -> Iterator[None]:
         unfuse_lora(weight.short)
 
 
-def _dequantize_pieces(
-    stack: torch.Tensor, start: int, stop: int, layout: StackLayout, dtype: torch.dtype
-) -> torch.Tensor:
-    """Make what `experts/stacks.dequantize_pieces` does, and on the meta device nothing beside it."""
-    if not stack.is_meta:
-        return dequantize_pieces(stack, start, stop, layout, dtype)
-    piece = layout.piece
-    shape = (stop - start) * piece.shape[0], piece.shape[1]
-    return _dequantize_on_meta(stack, shape, piece, dtype).view(stop - start, *piece.shape)
-
-
-def _dequantize(
-    packed: torch.Tensor,
-    layout: PackedLayout,
-    dtype: torch.dtype,
-    rows: slice = ALL,
-    columns: slice = ALL,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Make what `packing.dequantize` does, and on the meta device nothing beside it."""
-    if not packed.is_meta:
-        return dequantize(packed, layout, dtype, rows, columns, out)
-    if out is not None and (out.is_contiguous() or layout.has_whole_rows):
-        return out
-    weight = _dequantize_on_meta(packed, layout.part(rows, columns).shape, layout, dtype)
-    return weight if out is None else out  # into which it would be copied
-
-
-def _dequantize_on_meta(
-    packed: torch.Tensor, shape: tuple[int, int], layout: PackedLayout, dtype: torch.dtype
-) -> torch.Tensor:
-    raw = packed.detach().view(-1)
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        raw.view(torch.uint8), raw.view(torch.float32), layout.blocksize, layout.quant_type, shape, dtype
-    )
-
-
-def _new_weight(like: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
-    """Make room for weights, and have it counted as theirs."""
-    _Meter.cause = "dequantised weights"
-    try:
-        return like.new_empty(num_rows, num_columns)
-    finally:
-        _Meter.cause = "activations"
-
-
-_STAND_INS: list[tuple[Any, str, Callable[..., Any]]] = [
-    (swiglu, "silu_product", lambda g, u: g.new_empty(g.shape)),
-    (swiglu, "write_gradients", lambda *_, **__: None),
-    (silu_product, "silu_product", lambda g, u: g.new_empty(g.shape)),
-    (silu_product, "write_gradients", lambda *_: None),
-    (experts, "dequantize_pieces", _dequantize_pieces),
-    (packed_linear, "dequantize", _dequantize),
-    (joined_product, "new_weight", _new_weight),
-]
-"""In place of Triton kernels, which take no memory but for what they return; and what says what it is."""
-
-
 def _catch_arguments(base: Any, layer: nn.Module, batch: int, seq: int) -> dict[str, Any]:
     """Return what the model passes to a layer by name: positions, rotary embeddings and the like."""
     caught: dict[str, Any] = {}
@@ -367,7 +291,7 @@ def _catch_arguments(base: Any, layer: nn.Module, batch: int, seq: int) -> dict[
     hook = layer.register_forward_pre_hook(catch, with_kwargs=True)
     tokens = torch.empty(batch, seq, dtype=torch.long, device="meta")
     try:
-        with torch.no_grad(), _FlashAttention(), _Meter(iter([])), contextlib.suppress(_Caught):
+        with torch.no_grad(), FlashAttention(), _Meter(iter([])), contextlib.suppress(_Caught):
             getattr(base, base.base_model_prefix)(input_ids=tokens, use_cache=False)
     finally:
         hook.remove()
@@ -376,43 +300,3 @@ def _catch_arguments(base: Any, layer: nn.Module, batch: int, seq: int) -> dict[
 
 class _Caught(Exception):
     """What was looked for has been seen."""
-
-
-class _FlashAttention(TorchFunctionMode):
-    """Has flash attention's buffers allocated where attention is asked for."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v):
-        batch, heads, tokens, _ = q.shape
-        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(batch, heads, tokens, dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, d_out):
-        q, k, v, _, _ = ctx.saved_tensors
-        groups = q.shape[1] // k.shape[1]
-        accumulator = q.new_empty(q.shape, dtype=torch.float32)
-        # Where heads share keys and values, each gets gradients of its own, which are summed then.
-        whole = [part.new_empty(part.shape[0], q.shape[1], *part.shape[2:]) for part in (k, v) if groups > 1]
-        grads = [torch.empty_like(part) for part in (q, k, v)]
-        del accumulator, whole
-        return tuple(grads)
-
-
-class _LigerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy, None
