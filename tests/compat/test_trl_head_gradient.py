@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels import ChunkedLogProbFunction, chunked_logprob
+from trl.trainer import utils as trainer_utils
 
 from hf_qlora_fsdp import compat
 from hf_qlora_fsdp.compat import trl_head_gradient
@@ -129,6 +130,31 @@ class Products(TorchDispatchMode):
             (rows, inner), columns = args[-2].shape, args[-1].shape[1]
             self.num_products += rows * inner * columns / (TOKENS * WORDS * HIDDEN)
         return func(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that an operation puts out."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def test_no_more_logits_are_there_than_with_trl(some_at_a_time):
+    with Largest() as largest:
+        run(PATCH.build(ChunkedLogProbFunction), make_case(torch.float32, True), PLAIN)
+    assert largest.most == 128 * WORDS
+
+
+def test_as_many_logits_at_a_time_as_trl_has():
+    tile = chunked_logprob.TOKEN_CHUNK_SIZE * trainer_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert tile == trl_head_gradient.TILE_NUMEL
+    assert [tokens_at_a_time(num_words) for num_words in (32000, 128256, tile, 2 * tile)] == [4096, 1024, 1, 1]
+    assert all(tokens_at_a_time(num_words) * num_words <= tile for num_words in (50257, 151936, 262144))
 
 
 def test_two_products_instead_of_three():
