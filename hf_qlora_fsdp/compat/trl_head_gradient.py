@@ -9,8 +9,8 @@ log-probability takes the sum over all words, which is known at the end. Here it
     backward    dx = d(log p) G, row by row
 
 What is kept is G in the place of x. It is what TRL computes, with the same kernels, for a head that is frozen; where
-it is trained or in another dtype than x, or nobody wants a gradient, TRL's own function runs. The gradient of an entropy, which takes logits
-again, is not there: asking for it is an error.
+it is trained or in another dtype than x, or nobody wants a gradient, TRL's own function runs. The gradient of an
+entropy, which takes logits again, is not there: asking for it is an error.
 
 Shape suffixes: T tokens, V words, H hidden size.
 """
