@@ -42,6 +42,7 @@ from hf_qlora_fsdp.compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
 from hf_qlora_fsdp.packed_linear import repack
 from hf_qlora_fsdp.rehearsal.memory_cap import MemoryCap
 from hf_qlora_fsdp.sharding import base_model
+from hf_qlora_fsdp.speed.fused_norms import fuse_norms
 from hf_qlora_fsdp.speed.fusion import fuse_lora
 from hf_qlora_fsdp.speed.matmul_share import count_multiplications, measure_matmul_rate
 
@@ -85,6 +86,7 @@ class Run:
         return bool(options.profile) and self.kind != "stock" and not self.num_steps
 
 
+NOT_LIGERS = {"swiglu": False, "rms_norm": False}
 OURS = {"kind": "ours", "num_ranks": 2, "liger": True}
 HUNDRED = {"shape": "llama-3.2-1b", "batch": 2, "num_steps": 100, "options": (("learning_rate", 1e-3),)}
 STOCK = {"kind": "stock", "num_ranks": 2}
@@ -217,11 +219,11 @@ def make_args(this: Run, options: argparse.Namespace, device: torch.device) -> S
     if options.tiny:
         own.pop("activation_offloading", None)  # needs a card
     if this.kind == "ours":
-        # Of a gated MLP, the fused layers do more than Liger's kernel, which would take their place.
-        shared["liger_kernel_config"] = {"swiglu": False} if shared["use_liger_kernel"] else None
+        # What is fused does more, and without a gradient for weights that are not trained.
+        shared["liger_kernel_config"] = NOT_LIGERS if shared["use_liger_kernel"] else None
         return QLoRAFSDPConfig(**(shared | own | {"model_init_kwargs": {"random_weights": True}}))
     if this.kind == "plain" and shared["use_liger_kernel"]:
-        shared["liger_kernel_config"] = {"swiglu": False}
+        shared["liger_kernel_config"] = NOT_LIGERS
     if this.num_ranks > 1:
         shared |= {
             "fsdp": True,
@@ -296,6 +298,7 @@ def pack_and_fuse(model: nn.Module) -> None:
                 module.base_layer, compute_dtype=torch.bfloat16, storage_dtype=torch.bfloat16
             ).to(module.base_layer.weight.device)
     report = fuse_lora(model)
+    fuse_norms(model)
     assert not report.unfused, report.describe()
 
 

@@ -66,7 +66,7 @@ def main() -> None:
         fuse_lora=not options.no_fuse,
         shard_cache=False,  # or the second run would not read the checkpoint
         use_liger_kernel=options.liger,
-        liger_kernel_config={"swiglu": False} if options.liger else None,
+        liger_kernel_config={"swiglu": False, "rms_norm": False} if options.liger else None,
     )
     folder = options.checkpoints / options.shape
     if dist.get_rank() == 0 and not (folder / "config.json").exists():

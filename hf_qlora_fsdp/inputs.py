@@ -229,22 +229,31 @@ def leave_experts_to_us(model: nn.Module, args: QLoRAFSDPConfig) -> None:
         args.liger_kernel_config = options | {"swiglu": False}
 
 
-def settle_liger(args: QLoRAFSDPConfig, num_fused_mlps: int, device_type: str) -> None:
-    """Keep Liger, which works when training begins, from MLPs that are fused already; say on a GPU if it is not used.
+def settle_liger(args: QLoRAFSDPConfig, num_fused_mlps: int, num_fused_norms: int, device_type: str) -> None:
+    """Keep Liger, which works when training begins, from what is fused already; say on a GPU if it is not used.
 
     Args:
         args (`QLoRAFSDPConfig`): May get another `liger_kernel_config`.
         num_fused_mlps (`int`): MLPs whose `forward` Liger's SwiGLU would replace by one that runs their layers one by
             one.
+        num_fused_norms (`int`): Norms whose `forward` it would replace likewise.
         device_type (`str`): Of the device that trains.
     """
     options: dict[str, Any] = dict(args.liger_kernel_config or {})
     if args.use_liger_kernel and num_fused_mlps and options.get("swiglu", True):
         log_once("use_liger_kernel: all but its SwiGLU, in whose place the MLPs are fused with their adapters.")
-        args.liger_kernel_config = options | {"swiglu": False}
+        options["swiglu"] = False
+    if args.use_liger_kernel and num_fused_norms and options.get("rms_norm", True):
+        log_once("use_liger_kernel: all but its RMSNorm, in whose place is one that makes no gradient of its weight.")
+        options["rms_norm"] = False
+    if options != (args.liger_kernel_config or {}):
+        args.liger_kernel_config = options
     if not args.use_liger_kernel and device_type == "cuda":
         log_once(
-            "RMSNorm and rotary embedding run as transformers has them, in many kernels each, since %s.",
+            "%s, in many kernels, since %s.",
+            "Rotary embedding runs as transformers has it"
+            if num_fused_norms
+            else "RMSNorm and rotary embedding run as transformers has them",
             "use_liger_kernel=True is not set" if is_liger_kernel_available() else "liger-kernel is not installed",
         )
 

@@ -67,6 +67,7 @@ from .sharding import (
 from .speed.checkpointing import LayerCheckpointing
 from .speed.deferred_metrics import DeferredMetrics
 from .speed.frozen_objects import frozen_objects
+from .speed.fused_norms import fuse_norms
 from .speed.fusion import fuse_lora
 from .speed.kept_gathered import KeptGathered
 from .speed.loss_filter import LossFilter
@@ -126,8 +127,8 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         with _hidden_from_trl(given["model"], args):
             super().__init__(**given)
         check_sharded(self.model, self.sharding_policy)
-        num_mlps = fuse_lora(self.model).num_mlps if args.fuse_lora else 0
-        settle_liger(args, num_mlps, self.accelerator.device.type)
+        num_mlps, num_norms = (fuse_lora(self.model).num_mlps, fuse_norms(self.model)) if args.fuse_lora else (0, 0)
+        settle_liger(args, num_mlps, num_norms, self.accelerator.device.type)
         if self.padding_free:
             use_packed_attention(base_model(self.model))
         compat.apply_or_say(HEAD_GRADIENT)

@@ -78,8 +78,8 @@ def training_fields(settings: Settings) -> dict[str, Any]:
     }
     values |= {name: value for name, (value, default) in optional.items() if value != default}
     if settings.use_liger_kernel and settings.fuse_lora:
-        # Of a gated MLP, the fused layers do more than Liger's kernel, which would take their place.
-        values["liger_kernel_config"] = {"swiglu": False}
+        # What is fused does more, and without a gradient for weights that are not trained.
+        values["liger_kernel_config"] = {"swiglu": False, "rms_norm": False}
     return values
 
 

@@ -32,7 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ..ranks import logger
+from ..speed.fused_norms import fuse_norms, unfuse_norms
 from ..speed.fusion import FusedLora, fuse_lora, unfuse_lora
+from .settings import Settings
 from .stand_ins import FlashAttention, LigerNorm, cause_of, kernels_stood_in_for
 from .weighing import ModelWeight
 
@@ -208,13 +210,12 @@ def _first(result: Any) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def try_norm(weight: ModelWeight, *, batch: int, seq: int, use_liger_kernel: bool = False) -> NormTrial:
+def try_norm(weight: ModelWeight, settings: Settings) -> NormTrial:
     """Run the norm in front of the head on shapes.
 
     Args:
         weight (`ModelWeight`): The model.
-        batch (`int`), seq (`int`): Sequences at a time, and their tokens.
-        use_liger_kernel (`bool`): Whether it is Liger's.
+        settings (`Settings`): The settings.
     """
     base = weight.base
     head = base.get_output_embeddings()
@@ -223,8 +224,8 @@ def try_norm(weight: ModelWeight, *, batch: int, seq: int, use_liger_kernel: boo
     norm = next((module for module in ends if module not in (head, base.get_input_embeddings())), None)
     if norm is None:
         return NormTrial(0, 0)
-    shape = (batch, seq, base.config.get_text_config().hidden_size)
-    with _ready_to_run(weight, use_liger_kernel, fuse=False):
+    shape = (settings.batch, settings.seq, base.config.get_text_config().hidden_size)
+    with _ready_to_run(weight, settings.use_liger_kernel, settings.fuse_lora):
         leaf = torch.empty(shape, dtype=weight.param_dtype, device="meta").requires_grad_()
         with _Meter(iter([leaf, *norm.parameters()])) as meter:
             x = leaf.clone()
@@ -241,7 +242,6 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
     """Bring the short model into the state that it trains in: adapters gathered in the parameter dtype."""
     model, base = weight.short, weight.base
     masters = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-    norms = [module for module in base.modules() if "RMSNorm" in type(module).__name__] if liger else []
     for parameter, data in masters.items():
         parameter.data = data.to(weight.param_dtype)
     # Buffers are real, and some routers add one to what they compute.
@@ -250,19 +250,30 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
     buffers = [(module, dict(module._buffers)) for module in holders]
     for module, own in buffers:
         module._buffers.update({name: buffer.to("meta") for name, buffer in own.items() if buffer is not None})
-    for norm in norms:
-        norm.forward = lambda x, module=norm: LigerNorm.apply(x, module.weight)
     model.train()
+    nothing = contextlib.nullcontext()
     try:
-        with kernels_stood_in_for(), fused_layers(weight) if fuse else contextlib.nullcontext():
+        with kernels_stood_in_for(), fused_layers(weight) if fuse else nothing, _liger(base) if liger else nothing:
             yield
     finally:
         for module, real in buffers:
             module._buffers.update(real)
-        for norm in norms:
-            del norm.forward
         for parameter, data in masters.items():
             parameter.data = data
+
+
+@contextlib.contextmanager
+def _liger(base: nn.Module) -> Iterator[None]:
+    """Have Liger's norms run where none are fused."""
+    norms = [module for module in base.modules() if "RMSNorm" in type(module).__name__]
+    norms = [norm for norm in norms if "forward" not in norm.__dict__]
+    for norm in norms:
+        norm.forward = lambda x, module=norm: LigerNorm.apply(x, module.weight)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
 
 
 @contextlib.contextmanager
@@ -270,6 +281,7 @@ def fused_layers(weight: ModelWeight) -> Iterator[None]:
     """Have the layers of the short model run fused. What then runs unfused is said in the run itself."""
     said, logger.disabled = logger.disabled, True
     fuse_lora(weight.short)
+    fuse_norms(weight.short)
     for module in weight.short.modules():  # the meta device is none that autocast knows
         if isinstance(forward := module.__dict__.get("forward"), FusedLora):
             forward.is_usual = lambda x: True  # type: ignore[method-assign]
@@ -278,6 +290,7 @@ def fused_layers(weight: ModelWeight) -> Iterator[None]:
     finally:
         logger.disabled = said
         unfuse_lora(weight.short)
+        unfuse_norms(weight.short)
 
 
 def _catch_arguments(base: Any, layer: nn.Module, batch: int, seq: int) -> dict[str, Any]:

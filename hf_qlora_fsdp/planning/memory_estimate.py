@@ -126,7 +126,7 @@ def _find_host(weight: ModelWeight, settings: Settings) -> dict[str, Counter[str
 
 def _find_offloaded_activations(weight: ModelWeight, settings: Settings) -> int:
     hidden = settings.tokens * weight.config.get_text_config().hidden_size * weight.param_dtype.itemsize
-    norm = try_norm(weight, batch=settings.batch, seq=settings.seq, use_liger_kernel=settings.use_liger_kernel)
+    norm = try_norm(weight, settings)
     large = norm.kept // hidden * hidden  # without one number a row
     # Each layer's input, what the last norm keeps, and the rows that the loss is computed of.
     return (len(weight.layers) + 1) * _round_to_power(hidden) + _round_to_power(large)

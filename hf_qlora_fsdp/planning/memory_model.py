@@ -208,7 +208,7 @@ class _Step:
         kept = self.leaf + sum(trial.kept for _, trial in self.layers)
         if settings.activation_offloading:
             kept = self.leaf + min(kept - self.leaf, STASH_AT_LOSS * max(trial.kept for _, trial in self.layers))
-        norm = try_norm(self.weight, batch=settings.batch, seq=settings.seq, use_liger_kernel=settings.use_liger_kernel)
+        norm = try_norm(self.weight, settings)
         end = head or self.embedding
         trained_numel = end.parts.trained_numel(1) if end else 0
         whole = head.parts.gathered(self.ranks) if head else self.stays

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .. import packed_linear
 from ..experts import layers as experts
 from ..experts.stacks import StackLayout, dequantize_pieces
-from ..kernels import joined_product, silu_product, swiglu
+from ..kernels import joined_product, rms_norm, silu_product, swiglu
 from ..packing import ALL, PackedLayout, dequantize
 
 _makes_weights = False
@@ -98,6 +98,8 @@ _STAND_INS: list[tuple[Any, str, Callable[..., Any]]] = [
     (swiglu, "write_gradients", lambda *_, **__: None),
     (silu_product, "silu_product", lambda g, u: g.new_empty(g.shape)),
     (silu_product, "write_gradients", lambda *_: None),
+    (rms_norm, "normalize", lambda x, w, eps: (x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32))),
+    (rms_norm, "differentiate", lambda dy, x, w, r: x.new_empty(x.shape)),
     (experts, "dequantize_pieces", _dequantize_pieces),
     (packed_linear, "dequantize", _dequantize),
     (joined_product, "new_weight", _new_weight),

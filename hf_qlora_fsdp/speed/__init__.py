@@ -1,6 +1,7 @@
 """What makes a step faster, or smaller, and changes nothing that is computed beyond rounding.
 
     fusion             which layers run as one function with their adapter; the functions are in `kernels/`
+    fused_norms        which norms run as one function
     packed_attention   packed sequences one by one, without a mask
     checkpointing      only as many decoder layers computed twice as memory demands; with fsdp_state and
                        activation_room

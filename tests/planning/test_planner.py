@@ -168,7 +168,8 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
     saved = sum(-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in storages.values())
     # The order of rows and its inverse, two a token, which functions of experts keep without autograd's knowing.
     orders = 2 * torch.int64.itemsize * (2 * 2 * 64) if family == "mixtral" else 0
-    assert planned == saved + orders
+    # Its input, which a fused norm keeps, is no memory of its own to a layer that would have kept it anyway.
+    assert planned == saved + orders + (x.untyped_storage().nbytes() if fuse else 0)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,11 @@ STAGED = {"cpu_offload": True, "activation_offloading": True, "batch": 16}  # ta
         ([{"cpu_offload": True, "cpu_offload_layers": count} for count in (1, 8, 32, None)], "host", +1),
         ([{"activation_offloading": False}, {"activation_offloading": True}], "card", -1),
         ([STAGED | {"cpu_offload_pin_memory": True}, STAGED | {"cpu_offload_pin_memory": False}], "host", +1),
-        ([{"use_liger_kernel": False, "batch": 16}, {"use_liger_kernel": True, "batch": 16}], "card", -1),
+        (
+            [{"use_liger_kernel": liger, "fuse_lora": False, "batch": 16} for liger in (False, True)],
+            "card",
+            -1,
+        ),
         ([{"fuse_lora": True}, {"fuse_lora": False, "batch": 8}], "card", +1),
     ],
 )

@@ -391,21 +391,24 @@ def test_a_layer_that_wants_something_else_takes_the_group_apart(group_calls):
 
 
 @pytest.mark.parametrize(
-    ("used", "given", "num_mlps", "device_type", "settled", "said"),
+    ("used", "given", "num_mlps", "num_norms", "device_type", "settled", "said"),
     [
-        (True, None, 2, "cuda", {"swiglu": False}, "all but its SwiGLU"),
-        (True, {"rope": False}, 2, "cpu", {"rope": False, "swiglu": False}, "all but its SwiGLU"),
-        (True, {"swiglu": False}, 2, "cuda", {"swiglu": False}, None),
-        (True, None, 0, "cuda", None, None),
-        (False, None, 2, "cuda", None, "RMSNorm and rotary embedding run as transformers has them"),
-        (False, None, 2, "cpu", None, None),
+        (True, None, 2, 0, "cuda", {"swiglu": False}, "all but its SwiGLU"),
+        (True, {"rope": False}, 2, 0, "cpu", {"rope": False, "swiglu": False}, "all but its SwiGLU"),
+        (True, {"swiglu": False}, 2, 0, "cuda", {"swiglu": False}, None),
+        (True, {"swiglu": False}, 2, 5, "cuda", {"swiglu": False, "rms_norm": False}, "all but its RMSNorm"),
+        (True, {"rms_norm": False}, 0, 5, "cuda", {"rms_norm": False}, None),
+        (True, None, 0, 0, "cuda", None, None),
+        (False, None, 2, 0, "cuda", None, "RMSNorm and rotary embedding run as transformers has them"),
+        (False, None, 2, 5, "cuda", None, "Rotary embedding runs as transformers has it"),
+        (False, None, 2, 5, "cpu", None, None),
     ],
 )
-def test_liger_leaves_fused_mlps_alone(used, given, num_mlps, device_type, settled, said, caplog):
-    """Its SwiGLU would put another forward in the place of theirs, when training begins, without a word."""
+def test_liger_leaves_alone_what_is_fused(used, given, num_mlps, num_norms, device_type, settled, said, caplog):
+    """It would put another forward in the place of theirs, when training begins, without a word."""
     args: Any = SimpleNamespace(use_liger_kernel=used, liger_kernel_config=given)
     with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
-        settle_liger(args, num_mlps, device_type)
+        settle_liger(args, num_mlps, num_norms, device_type)
     assert args.liger_kernel_config == settled
     assert len(caplog.messages) == (said is not None) and all(said in line for line in caplog.messages)
 

@@ -1,0 +1,65 @@
+"""Which norms run as one function, see `kernels/rms_norm.py`, and which as transformers has them.
+
+A norm is looked at for what it computes, not for its name: its `forward` has to be, instruction for instruction, that
+of `LlamaRMSNorm`, as it is in some 140 models of transformers, and its weight must not be trained. Where a call is not
+a usual one, in another dtype than the weight's say, the class's own `forward` runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from ..kernels.rms_norm import apply_rms_norm
+
+
+class FusedNorm:
+    """The forward of a norm: one function where that computes the same, the class's own otherwise.
+
+    Args:
+        norm (`nn.Module`): The norm.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+        self.parameters = norm._parameters  # read in each call, where looking it up would take as long as the rest
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.parameters["weight"]
+        if weight is None or weight.requires_grad or weight.dtype != hidden_states.dtype:
+            return type(self.norm).forward(self.norm, hidden_states)
+        return apply_rms_norm(hidden_states, self.norm)
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Let the norms of a model run as one function each, where that computes the same.
+
+    Args:
+        model (`nn.Module`): The model, sharded or not.
+    Returns:
+        `int`: How many do.
+    """
+    unfuse_norms(model)
+    norms = [module for module in model.modules() if _is_usual(module)]
+    for norm in norms:
+        norm.forward = FusedNorm(norm)
+    return len(norms)
+
+
+def unfuse_norms(model: nn.Module) -> None:
+    """Give every norm its own forward back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedNorm):
+            del module.forward
+
+
+def _is_usual(module: nn.Module) -> bool:
+    mine, theirs = getattr(type(module).forward, "__code__", None), LlamaRMSNorm.forward.__code__
+    return (
+        mine is not None
+        and (mine.co_code, mine.co_names, mine.co_consts) == (theirs.co_code, theirs.co_names, theirs.co_consts)
+        and "forward" not in module.__dict__  # or another library has replaced it
+        and isinstance(module.variance_epsilon, float)
+        and not module.weight.requires_grad
+    )
