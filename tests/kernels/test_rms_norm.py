@@ -86,7 +86,8 @@ def compare(kernels: object, dtype: torch.dtype, shape: tuple[int, int], device:
     size = r[:, None] * ((w * dy).float().abs() + 10)  # of the terms of a gradient, which may cancel
     for one, other, scale in zip(mine, theirs, (y.float().abs(), r, size), strict=True):
         eps = torch.finfo(one.dtype).eps
-        assert ((one.float() - other.float()).abs() <= (16 if eps < 1e-6 else 1) * eps * scale).all(), (dtype, shape)
+        # 16 bits: x r, rounded to the neighbour, is multiplied by w and rounded once more.
+        assert ((one.float() - other.float()).abs() <= (16 if eps < 1e-6 else 2) * eps * scale).all(), (dtype, shape)
         assert one.dtype == torch.float32 or (one != other).float().mean() < 1e-2, (dtype, shape)
 
 
