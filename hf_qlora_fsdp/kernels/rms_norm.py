@@ -14,8 +14,6 @@ left is the order of the sums.
 
 `normalize` and `differentiate` choose: the kernels on GPUs that have Triton, the operations of torch, which are their
 definition, anywhere else.
-
-Shape suffixes: T tokens, K hidden size.
 """
 
 from __future__ import annotations
@@ -33,18 +31,16 @@ from .trial import OtherNumbers, tried
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm):
-        y_TK, r_T = normalize(x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon)
-        ctx.save_for_backward(x, r_T)
+        y, r = normalize(x, norm.weight, norm.variance_epsilon)
+        ctx.save_for_backward(x, r)
         ctx.norm = norm
-        # A plain view of something made in here could not be changed in place by those who get it.
-        return torch.ops.aten._unsafe_view(y_TK, x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, r_T = ctx.saved_tensors
-        dy_TK, x_TK = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (dy, x))
-        return differentiate(dy_TK, x_TK, ctx.norm.weight, r_T).view(dy.shape), None
+        x, r = ctx.saved_tensors
+        return differentiate(dy, x, ctx.norm.weight, r), None
 
 
 def apply_rms_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
@@ -62,32 +58,29 @@ def apply_rms_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     return y
 
 
-def normalize(x_TK: torch.Tensor, w_K: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return y `[T, K]`, and r `[T]` in float32."""
-    kernels = _find_kernels(x_TK.device, x_TK.dtype) if x_TK.is_cuda else None
-    return (kernels.normalize if kernels and kernels.takes(x_TK) else normalize_in_parts)(x_TK, w_K, eps)
+def normalize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y `[..., K]`, and r `[...]` in float32."""
+    kernels = _find_kernels(x.device, x.dtype) if x.is_cuda else None
+    return (kernels.normalize if kernels and kernels.takes(x) else normalize_in_parts)(x, weight, eps)
 
 
-def differentiate(dy_TK: torch.Tensor, x_TK: torch.Tensor, w_K: torch.Tensor, r_T: torch.Tensor) -> torch.Tensor:
-    """Return dx `[T, K]`."""
-    kernels = _find_kernels(x_TK.device, x_TK.dtype) if x_TK.is_cuda else None
-    return (kernels.differentiate if kernels and kernels.takes(x_TK) else differentiate_in_parts)(dy_TK, x_TK, w_K, r_T)
+def differentiate(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """Return dx `[..., K]`."""
+    kernels = _find_kernels(x.device, x.dtype) if x.is_cuda else None
+    return (kernels.differentiate if kernels and kernels.takes(x) else differentiate_in_parts)(dy, x, weight, r)
 
 
-def normalize_in_parts(x_TK: torch.Tensor, w_K: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def normalize_in_parts(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `normalize` does, by torch's operations."""
-    wide_TK = x_TK.float()
-    r_T = torch.rsqrt(wide_TK.pow(2).mean(-1) + eps)
-    return w_K * (wide_TK * r_T[:, None]).to(x_TK.dtype), r_T
+    wide = x.float()
+    r = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    return weight * (wide * r[..., None]).to(x.dtype), r
 
 
-def differentiate_in_parts(
-    dy_TK: torch.Tensor, x_TK: torch.Tensor, w_K: torch.Tensor, r_T: torch.Tensor
-) -> torch.Tensor:
+def differentiate_in_parts(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     """Return what `differentiate` does, by torch's operations."""
-    r_T1 = r_T[:, None]
-    n_TK, dn_TK = x_TK.float() * r_T1, (w_K * dy_TK).float()
-    return (r_T1 * (dn_TK - n_TK * (dn_TK * n_TK).mean(-1, keepdim=True))).to(x_TK.dtype)
+    n, dn = x.float() * r[..., None], (weight * dy).float()
+    return (r[..., None] * (dn - n * (dn * n).mean(-1, keepdim=True))).to(x.dtype)
 
 
 @tried("RMSNorm takes several passes over memory instead of one.")

@@ -2,7 +2,7 @@
 
 This module needs triton, which comes with CUDA builds of torch and is no requirement: import it where it may be absent.
 
-Shape suffixes: T tokens, K hidden size; in kernels R rows of one program, S its columns, a power of two.
+Shape suffixes: R rows of one program, S its columns, a power of two.
 """
 
 from __future__ import annotations
@@ -57,37 +57,36 @@ def _differentiate(dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, num_rows, width, NUM_ROW
     tl.store(dx_ptr + place_RS, dx_RS.to(dtype), mask=exists_RS)
 
 
-def takes(x_TK: torch.Tensor) -> bool:
+def takes(x: torch.Tensor) -> bool:
     """Return whether rows are not too long for a program, and there are some."""
-    return x_TK.numel() > 0 and x_TK.shape[1] <= MOST_COLUMNS
+    return x.numel() > 0 and x.shape[-1] <= MOST_COLUMNS
 
 
-def normalize(x_TK: torch.Tensor, w_K: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def normalize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y and r, see `rms_norm.py`."""
-    x_TK, y_TK = x_TK.contiguous(), torch.empty(x_TK.shape, dtype=x_TK.dtype, device=x_TK.device)
-    r_T = torch.empty(x_TK.shape[0], dtype=torch.float32, device=x_TK.device)
-    num_programs, launch = _prepare(_normalize, x_TK.shape, x_TK.dtype, x_TK.device, EPS=eps)
-    with on_device(x_TK.device):
-        launch(num_programs, x_TK, w_K, y_TK, r_T)
-    return y_TK, r_T
+    x = x.contiguous()
+    y, r = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    num_programs, launch = _prepare(_normalize, r.numel(), x.shape[-1], x.dtype, x.device, EPS=eps)
+    with on_device(x.device):
+        launch(num_programs, x, weight, y, r)
+    return y, r
 
 
-def differentiate(dy_TK: torch.Tensor, x_TK: torch.Tensor, w_K: torch.Tensor, r_T: torch.Tensor) -> torch.Tensor:
+def differentiate(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     """Return dx, see `rms_norm.py`."""
-    dy_TK, x_TK = dy_TK.contiguous(), x_TK.contiguous()
-    dx_TK = torch.empty(x_TK.shape, dtype=x_TK.dtype, device=x_TK.device)
-    num_programs, launch = _prepare(_differentiate, x_TK.shape, x_TK.dtype, x_TK.device)
-    with on_device(x_TK.device):
-        launch(num_programs, dy_TK, x_TK, w_K, r_T, dx_TK)
-    return dx_TK
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    num_programs, launch = _prepare(_differentiate, r.numel(), x.shape[-1], x.dtype, x.device)
+    with on_device(x.device):
+        launch(num_programs, dy, x, weight, r, dx)
+    return dx
 
 
 @functools.lru_cache(1024)
 def _prepare(
-    kernel: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device, **constants: float
+    kernel: Any, num_rows: int, width: int, dtype: torch.dtype, device: torch.device, **constants: float
 ) -> tuple[int, Launcher]:
-    """Return how many programs of which launch do a matrix. A kernel is compiled for each dtype and device."""
-    num_rows, width = shape
+    """Return how many programs of which launch do so many rows. A kernel is compiled for each dtype and device."""
     size = triton.next_power_of_2(width)
     rows = max(1, NUMBERS_PER_PROGRAM // size)
     num_warps = min(32, max(4, rows * size // NUMBERS_PER_WARP))
