@@ -3,7 +3,8 @@
 Each row compares runs that `throughput_ranks.py` does on this machine, in this call, on the same tokens: ours beside
 stock TRL with FSDP2, bitsandbytes and PEFT, Llama shapes and random weights. A step is timed with the device drained
 before and after; a run's figure is the median over its repetitions, each the median of ten steps after warm-up. One
-group of processes does all runs of a kind, each on a fresh model, and two on one GPU each run side by side.
+group of processes does all runs of a kind, each on a fresh model, and groups run side by side where there are GPUs for
+them: with four, ours on two beside stock's on two.
 
     python benchmarks/throughput.py --profile /tmp/profiles      # all rows, and profiles of ours
 
@@ -42,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
@@ -50,7 +52,8 @@ GIB = 2**30
 STOP_SECONDS = 15
 """Kept back of `--minutes` for ending what takes too long, and for the table."""
 
-# What one group of processes does, one run after the other: on how many GPUs, and with which variables.
+# What one group of processes does, one run after the other: on how many GPUs, and with which variables. The last one is
+# held to its memory and uses the host's, so it has the machine for itself.
 GROUPS: dict[str, tuple[int, dict[str, str], tuple[str, ...]]] = {
     "ours": (2, {}, ("ours-2", "ours-8", "ours-8-auto", "ours-packed", "ours-100", "ours-100-unfused")),
     "stock": (2, {}, ("stock-2", "stock-8", "stock-packed", "stock-8-liger")),
@@ -58,7 +61,7 @@ GROUPS: dict[str, tuple[int, dict[str, str], tuple[str, ...]]] = {
     "stock on one": (1, {}, ("stock-8-one",)),
     "70b": (2, {"NCCL_BUFFSIZE": "1048576", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, ("ours-70b",)),
 }
-SIDE_BY_SIDE = [("ours",), ("stock",), ("70b",), ("ours on one", "stock on one")]
+ALONE = {"70b"}
 Figures = dict[str, dict[str, Any]]
 
 
@@ -179,11 +182,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         where = options.checkpoints or Path(folder)
         write_configs(where)
-        for groups in SIDE_BY_SIDE:
-            jobs = [Job(group, needed, where, Path(folder), options) for group in groups]
-            do_together([job for job in jobs if job.waiting], deadline, figures)
-            for job in jobs:
-                record_runs({name: figures[name] for name in job.runs if name in figures}, options)
+        jobs = [Job(group, needed, where, Path(folder), options) for group in GROUPS]
+        do_all(jobs, find_gpus(options), deadline, figures)
     return 0 if print_table(rows, figures, options) else 1
 
 
@@ -236,17 +236,18 @@ class Job:
 
     def __init__(self, group: str, needed: set[str], where: Path, folder: Path, options: argparse.Namespace) -> None:
         self.num_ranks, self.variables, runs = GROUPS[group]
+        self.is_alone = group in ALONE
         self.runs = [name for name in runs if name in needed]
         self.waiting = list(self.runs)
         self.where, self.options = where, options
         self.out = folder / f"{group}.jsonl"
         self.process: subprocess.Popen | None = None
+        self.gpus: list[str] = []
 
-    def start(self, first_gpu: int) -> None:
-        """Start the processes for what is waiting, on the GPUs from the given one on."""
-        options = self.options
-        gpus = ",".join(str(first_gpu + index) for index in range(self.num_ranks))
-        variables = os.environ | self.variables | {"CUDA_VISIBLE_DEVICES": gpus, "OMP_NUM_THREADS": "1"}
+    def start(self, gpus: list[str]) -> None:
+        """Start the processes for what is waiting, on these GPUs."""
+        options, self.gpus = self.options, gpus
+        variables = os.environ | self.variables | {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "OMP_NUM_THREADS": "1"}
         if options.tiny:
             variables["CUDA_VISIBLE_DEVICES"] = ""
         paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
@@ -284,23 +285,47 @@ class Job:
         self.process.wait()
 
 
-def do_together(jobs: list[Job], deadline: float, figures: Figures) -> None:
-    """Do jobs side by side, each on GPUs of its own, until nothing is waiting or time is up."""
-    first_gpu = dict(zip(jobs, range(0, 64, jobs[0].num_ranks if jobs else 1), strict=False))
+def find_gpus(options: argparse.Namespace) -> list[str]:
+    """Return the GPUs, by the names that CUDA_VISIBLE_DEVICES gives them; with `--tiny`, two places for none."""
+    if options.tiny:
+        return ["0", "1"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    if len(gpus) < 2:
+        raise SystemExit(f"Ours and stock are sharded over two GPUs, and there are {len(gpus)}.")
+    return gpus
+
+
+def do_all(jobs: list[Job], gpus: list[str], deadline: float, figures: Figures) -> None:
+    """Do jobs, in their order and side by side as far as there are GPUs, until nothing is waiting or time is up."""
+    free = list(gpus)
+    running: list[Job] = []
     try:
         while any(job.waiting for job in jobs) and time.monotonic() < deadline:
-            for job in jobs:
-                if job.process is None and job.waiting:
-                    job.start(first_gpu[job])
-                elif job.process is not None and job.process.poll() is not None:
-                    figures |= job.collect()
-                    job.process = None
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                free = [gpu for gpu in gpus if gpu in {*free, *job.gpus}]
+                note(job.collect(), figures, job.options)
+            waiting = next((job for job in jobs if job.waiting and job not in running), None)
+            if (
+                waiting
+                and len(free) >= waiting.num_ranks
+                and not (running and (waiting.is_alone or running[0].is_alone))
+            ):
+                waiting.start(free[: waiting.num_ranks])
+                free = free[waiting.num_ranks :]
+                running.append(waiting)
             time.sleep(0.2)
     finally:
-        for job in jobs:
-            if job.process is not None:
-                job.stop()
-                figures |= {name: value for name, value in job.collect().items() if "device" in value}
+        for job in running:
+            job.stop()
+            note({name: value for name, value in job.collect().items() if "device" in value}, figures, job.options)
+
+
+def note(new: Figures, figures: Figures, options: argparse.Namespace) -> None:
+    """Keep what was measured, and record it."""
+    figures |= new
+    record_runs(new, options)
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
