@@ -52,10 +52,12 @@ GIB = 2**30
 STOP_SECONDS = 15
 """Kept back of `--minutes` for ending what takes too long, and for the table."""
 
+LEARNING = ("ours-100", "ours-100-unfused", "ours-100-eager")
+
 # What one group of processes does, one run after the other: on how many GPUs, and with which variables. The last one is
 # held to its memory and uses the host's, so it has the machine for itself.
 GROUPS: dict[str, tuple[int, dict[str, str], tuple[str, ...]]] = {
-    "ours": (2, {}, ("ours-2", "ours-8", "ours-8-auto", "ours-packed", "ours-100", "ours-100-unfused")),
+    "ours": (2, {}, ("ours-2", "ours-8", "ours-8-auto", "ours-packed", *LEARNING)),
     "stock": (2, {}, ("stock-2", "stock-8", "stock-packed", "stock-8-liger")),
     "ours on one": (1, {}, ("plain-8-one", "ours-8-one")),
     "stock on one": (1, {}, ("stock-8-one",)),
@@ -126,9 +128,19 @@ def loss_apart(figures: dict[str, Any]) -> float:
     return 100 * abs(figures["loss_packed"] / figures["loss_alone"] - 1)
 
 
-def losses_apart(fused: dict[str, Any], unfused: dict[str, Any]) -> float:
+def losses_apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Return by how much, in percent, the losses of two runs ever differ."""
-    return 100 * max(abs(a / b - 1) for a, b in zip(fused["losses"], unfused["losses"], strict=True))
+    return 100 * max(abs(a / b - 1) for a, b in zip(one["losses"], other["losses"], strict=True))
+
+
+def apart_beside(fused: dict[str, Any], unfused: dict[str, Any], rounded: dict[str, Any]) -> float:
+    """Return how many times as far the losses of fused layers are from those of unfused ones, on average, as are those
+    of unfused layers that round elsewhere."""
+    means = [
+        statistics.fmean(abs(a / b - 1) for a, b in zip(run["losses"], unfused["losses"], strict=True))
+        for run in (fused, rounded)
+    ]
+    return means[0] / means[1]
 
 
 def loss_fallen(figures: dict[str, Any]) -> float:
@@ -164,7 +176,9 @@ ROWS: dict[str, tuple[Claim, ...]] = {
         ),
     ),
     "100-steps": (
-        Claim("losses, fused off unfused by", "%", ("ours-100", "ours-100-unfused"), losses_apart, at_most=1),
+        Claim("losses, fused off unfused by", "%", LEARNING[:2], losses_apart),
+        Claim("unfused, with other attention, by", "%", LEARNING[:0:-1], losses_apart),
+        Claim("on average, fused beside that", "times", LEARNING, apart_beside, at_most=1.5),
         Claim("loss fallen by", "%", ("ours-100",), loss_fallen, at_least=5),
     ),
     "one-gpu": (faster("ours-8-one", "stock-8-one", None), no_larger("ours-8-one", "stock-8-one")),
