@@ -136,14 +136,6 @@ class QLoRAFSDPConfig(SFTConfig):
             "communication and holds the whole 4-bit model on every device from forward to backward."
         },
     )
-    gather_adapters_once: bool = field(
-        default=False,
-        metadata={
-            "help": "Gather the adapters of all layers once a step and reduce their gradients at its end, instead of "
-            "layer by layer. Faster where few tokens are computed with at a time; every device holds them whole, with "
-            "their gradients, from forward to backward."
-        },
-    )
     shard_cache: bool = field(
         default=True,
         metadata={

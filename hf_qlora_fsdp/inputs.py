@@ -96,7 +96,6 @@ def read_policy(args: QLoRAFSDPConfig) -> ShardingPolicy:
         cpu_offload_dir=Path(args.cpu_offload_dir) if args.cpu_offload_dir else None,
         cpu_offload_keep_files=args.cpu_offload_keep_files,
         cpu_offload_trainable=args.cpu_offload_trainable,
-        gather_adapters_once=args.gather_adapters_once,
         transformer_layer_cls_to_wrap=tuple(classes) if classes else None,
     )
 

@@ -104,12 +104,6 @@ def settle_offload(config: Any) -> None:
             "there are no files to keep",
             "Name the folder, cpu_offload_dir=PATH.",
         )
-    if config.gather_adapters_once and config.cpu_offload_trainable:
-        raise refusal(
-            "gather_adapters_once=True with cpu_offload_trainable=True",
-            "one keeps the adapters on the device for the whole step, and the other keeps them away from it",
-            "Leave one of the two out.",
-        )
     config.cpu_offload = (
         config.cpu_offload or config.cpu_offload_layers is not None or config.cpu_offload_dir is not None
     )

@@ -28,6 +28,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -35,7 +36,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from . import compat
-from .adapter_unit import adapter_parameters, gather_with, lora_parts, shard_together
 from .anatomy import Unit, decoder_layers, keep_in_float32, plan_units
 from .compat.torch_gather_bytes import PATCH as GATHER_BYTES
 from .errors import ShardingError
@@ -140,8 +140,6 @@ def shard_unit(
     if unit.keep_gathered:
         changes["reshard_after_forward"] = False
         logging.getLogger("torch.distributed.fsdp.fully_shard").addFilter(_UNRUN_HEAD)
-    if policy.gather_adapters_once:  # left for `shard_root`
-        ignored = ignored.union(*map(adapter_parameters, modules))
     looked_up_alone = all(type(module) is nn.Embedding for module in modules)  # FSDP changes the classes
     policy.fully_shard(modules if len(modules) > 1 else modules[0], mesh, ignored, **changes)
     if looked_up_alone:  # by its indices alone, its gradient is made; FSDP would gather it behind the first layer
@@ -181,20 +179,16 @@ def shard_adapters(modules: Iterable[nn.Module], policy: ShardingPolicy, mesh: D
     Modules that are trained whole (`modules_to_save`) stay in their unit: TRL reads a trained head without running it,
     so in a unit of its own nobody would reduce its gradient.
     """
-    layers = [part for module in modules for child in module.modules() for part in lora_parts(child)]
+    layers = [part for module in modules for child in module.modules() for part in _lora_parts(child)]
     if layers:
         policy.fully_shard(layers, mesh, set(), offload_policy=policy.trainable_offload(mesh))
 
 
 def shard_root(root: nn.Module, policy: ShardingPolicy, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
     """Make the outermost module the FSDP root, which holds what no unit took, and drives the units."""
-    if policy.gather_adapters_once:
-        shard_together(root, policy, mesh)
-        ignored = ignored | adapter_parameters(root)
     policy.fully_shard(root, mesh, ignored, reshard_after_forward=None)
     if hasattr(root, "generate"):  # it runs the model inside the root, past the root's own hooks
         register_fsdp_forward_method(root, "generate")
-    gather_with(root)
 
 
 def label_packed(modules: Iterable[nn.Module]) -> None:
@@ -376,6 +370,15 @@ def _move(
             cast[parameter.dtype] += 1
         parameter.data = parameter.data.to(device, target)
     return cast
+
+
+def _lora_parts(module: nn.Module) -> list[nn.Module]:
+    """Return the trained modules that a LoRA layer runs. A unit is gathered when its modules run."""
+    if not isinstance(module, LoraLayer):
+        return []
+    groups = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
+    parts = [part for group in groups for part in group.values()]
+    return [part for part in parts if all(parameter.requires_grad for parameter in part.parameters())]
 
 
 class _UnrunHeadFilter(logging.Filter):

@@ -34,8 +34,6 @@ class ShardingPolicy:
         cpu_offload_dir (`Path`, *optional*): Folder for the shards, in files that are mapped into memory.
         cpu_offload_keep_files (`bool`): Leave these files for the next run.
         cpu_offload_trainable (`bool`): Keep what is trained in host memory, too.
-        gather_adapters_once (`bool`): Gather the adapters of all layers at once, and keep them until the backward's
-            end, instead of each with its layer.
         transformer_layer_cls_to_wrap (`tuple[str, ...]`, *optional*): Decoder layer classes. Found from the model by
             default.
     """
@@ -48,7 +46,6 @@ class ShardingPolicy:
     cpu_offload_dir: Path | None = None
     cpu_offload_keep_files: bool = False
     cpu_offload_trainable: bool = False
-    gather_adapters_once: bool = False
     transformer_layer_cls_to_wrap: tuple[str, ...] | None = None
 
     @property

@@ -22,7 +22,6 @@ LAYERS = [
     {"compat", "conversion", "kernels", "launch", "offloading", "quantization", "settling"},
     {"anatomy", "config", "notebook", "packing", "pictures"},
     {"experts", "packed_linear", "sharding_policy"},
-    {"adapter_unit"},
     {"sharding", "speed", "summary"},
     {"export", "loading"},
     {"inputs", "loader", "merging", "planning", "resuming"},

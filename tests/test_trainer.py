@@ -100,7 +100,6 @@ def trajectories(ranks: RankPool, folder: str, out: str) -> dict[str, training.R
         "offload": base | {"cpu_offload": True, "cpu_offload_pin_memory": False},
         "checkpointing": base | {"gradient_checkpointing": True},
         "gathered": base | {"reshard_after_forward": False},
-        "adapters once": base | {"gather_adapters_once": True},
         "unfused": base | {"param_dtype": "float32", "fuse_lora": False},
     }
     whole = {name: specs[name] for name in ("float32", "bfloat16")}
@@ -151,7 +150,7 @@ def test_bfloat16_strays_from_float32_no_further_than_plain_trl(
     assert (mine - truth).square().mean() < 16 * stray
 
 
-@pytest.mark.parametrize("run", ["offload", "checkpointing", "gathered", "adapters once"])
+@pytest.mark.parametrize("run", ["offload", "checkpointing", "gathered"])
 def test_memory_savers_change_no_bit(trajectories: dict[str, training.Run], run: str) -> None:
     assert trajectories[run].losses == trajectories["bfloat16"].losses
     assert trajectories[run].grad_norms == trajectories["bfloat16"].grad_norms
@@ -234,7 +233,6 @@ def save_after_a_forward(rank: int, folder: str, out: str, evaluates: bool) -> d
     ways = {
         "as it comes": ({}, None),
         "kept gathered": ({"reshard_after_forward": False}, None),
-        "adapters once": ({"gather_adapters_once": True}, None),
         "trained head": ({}, {"modules_to_save": ["lm_head"]}),
     }
     saved = {}
@@ -259,7 +257,7 @@ def save_after_a_forward(rank: int, folder: str, out: str, evaluates: bool) -> d
 def test_what_was_gathered_is_saved_from_its_shards(ranks: RankPool, folder: str, out: str, evaluates: bool) -> None:
     """A unit that a forward keeps for its backward waits for one in vain, and shows 16 bits meanwhile."""
     for saved in ranks.run(save_after_a_forward, folder, out, evaluates):
-        assert saved == dict.fromkeys(("as it comes", "kept gathered", "adapters once", "trained head"), True)
+        assert saved == dict.fromkeys(("as it comes", "kept gathered", "trained head"), True)
 
 
 # ---- Every way in ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ _PLANNED = (
 )
 _NOT_COUNTED = {
     "reshard_after_forward": (False, "a plan counts layers as freed after their forward, and all of them would stay"),
-    "gather_adapters_once": (True, "a plan counts adapters as gathered layer by layer, and all of them would stay"),
     "cpu_offload_trainable": (True, "a plan counts what is trained on the card, and it would lie on the host"),
 }
 """Options that change what a run takes in a way that no plan knows, each with the value that does."""
