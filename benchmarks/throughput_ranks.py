@@ -90,23 +90,22 @@ NOT_LIGERS = {"swiglu": False, "rms_norm": False}
 LEARNS = {"shape": "llama-3.2-1b", "batch": 2, "num_steps": 100}
 OURS = {"kind": "ours", "num_ranks": 2, "liger": True}
 STOCK = {"kind": "stock", "num_ranks": 2}
-ONCE = ("gather_adapters_once", True)  # but where the card has no room for it
-HUNDRED = (("learning_rate", 1e-3), ONCE)
+FAST = ("learning_rate", 1e-3)
 RUNS = {
-    "ours-2": Run(**OURS, batch=2, options=(ONCE,)),
-    "ours-8": Run(**OURS, batch=8, options=(ONCE,)),
-    "ours-8-auto": Run(**OURS, batch=8, cap_gib=72, options=(("checkpoint_layers", "auto"), ONCE)),
-    "ours-packed": Run(**OURS, batch=1, packed=True, options=(ONCE,)),
-    "ours-100": Run(**OURS, **LEARNS, options=HUNDRED),
-    "ours-100-unfused": Run(**OURS, **LEARNS, options=(*HUNDRED, ("fuse_lora", False))),
+    "ours-2": Run(**OURS, batch=2),
+    "ours-8": Run(**OURS, batch=8),
+    "ours-8-auto": Run(**OURS, batch=8, cap_gib=72, options=(("checkpoint_layers", "auto"),)),
+    "ours-packed": Run(**OURS, batch=1, packed=True),
+    "ours-100": Run(**OURS, **LEARNS, options=(FAST,)),
+    "ours-100-unfused": Run(**OURS, **LEARNS, options=(FAST, ("fuse_lora", False))),
     # The same sums as those of "unfused", rounded elsewhere.
-    "ours-100-eager": Run(**OURS, **LEARNS, options=(*HUNDRED, ("fuse_lora", False), ("attn_implementation", "eager"))),
+    "ours-100-eager": Run(**OURS, **LEARNS, options=(FAST, ("fuse_lora", False), ("attn_implementation", "eager"))),
     "stock-2": Run(**STOCK, batch=2),
     "stock-8": Run(**STOCK, batch=8),
     "stock-packed": Run(**STOCK, batch=1, packed=True),
     "stock-8-liger": Run(**STOCK, batch=8, liger=True),  # last: Liger changes transformers for the whole process
     "plain-8-one": Run("plain", 1, 8, liger=True),  # before ours, which sets variables that ask for FSDP
-    "ours-8-one": Run("ours", 1, 8, liger=True, options=(ONCE,)),
+    "ours-8-one": Run("ours", 1, 8, liger=True),
     "stock-8-one": Run("stock", 1, 8),
     "ours-70b": Run(**OURS, batch=1, shape="llama-2-70b", cap_gib=23, options=(("activation_offloading", True),)),
 }

@@ -184,17 +184,15 @@ class QLoRAFSDPTrainer(ResumableTrainer):
                     f"peft_config has {given}, which starts from whole weights, but the model is sharded already. Give "
                     "peft_config to load_quantized_model, or pass the model's name or folder."
                 )
+            log_once(
+                "The model was sharded without an adapter, so each layer's LoRA weights become a unit of their own, "
+                "gathered separately. Give peft_config to load_quantized_model to have them in the layer's unit."
+            )
             model = inject_adapter(model, peft_config)
             initialize_adapter(model, peft_config, mesh_device(mesh))
-            if not policy.gather_adapters_once:
-                log_once(
-                    "The model was sharded without an adapter, so each layer's LoRA weights become a unit of their "
-                    "own, gathered separately. Give peft_config to load_quantized_model to have them in the layer's "
-                    "unit, or write gather_adapters_once=True."
-                )
-                base = base_model(model)
-                for unit in plan_units(base, policy.class_names):
-                    shard_adapters([base.get_submodule(name) for name in unit.modules], policy, mesh)
+            base = base_model(model)
+            for unit in plan_units(base, policy.class_names):
+                shard_adapters([base.get_submodule(name) for name in unit.modules], policy, mesh)
         if not isinstance(model, FSDPModule):
             shard_root(model, policy, mesh, set())
         return model
