@@ -22,6 +22,9 @@ NF4 = (
 """The 16 values of NormalFloat4: QLoRA, arXiv:2305.14314, appendix E."""
 
 
+_INSTALL_TRITON = "Install triton, which comes with CUDA builds of torch, and a C compiler (gcc), which it needs."
+
+
 def check_bitsandbytes() -> Iterator[Finding]:
     """Was its native library loaded, and does it quantise by the definition, on every device?"""
     import torch
@@ -84,37 +87,68 @@ def _find_quantization_error(device: Any) -> str:
 
 
 def check_kernels() -> Iterator[Finding]:
-    """Which kernels dequantise packed weights, why, and is the result that of bitsandbytes?"""
+    """Which kernels run on each device, why, and is what they dequantise what bitsandbytes does?"""
+    import torch
+
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    for device in devices:
+        yield from _check_dequantising(device)
+        yield from _check_passes(device)
+
+
+def _check_passes(device: Any) -> Iterator[Finding]:
+    """Does what lies between the products of a layer take one pass over memory?"""
+    import torch
+
+    from ..kernels.rms_norm import normalize
+    from ..kernels.silu_product import silu_product
+
+    if device.type == "cpu":
+        yield ok("On the CPU, SwiGLU and RMSNorm run as operations of torch: there are no fused kernels for them.")
+        return
+    x = torch.ones(4, 64, dtype=torch.bfloat16, device=device)
+    for name, run in (("SwiGLU", lambda: silu_product(x, x)), ("RMSNorm", lambda: normalize(x, x[0], 1e-5))):
+        with _Listening() as lines:
+            run()
+        if lines:
+            yield warning(
+                f"On {device}, {name} takes several passes over memory instead of one.",
+                f"{' '.join(lines)} Steps take somewhat longer; the numbers are the same.",
+                _INSTALL_TRITON,
+            )
+        else:
+            yield ok(f"On {device}, {name} takes one pass over memory, by a Triton kernel that was tried just now.")
+
+
+def _check_dequantising(device: Any) -> Iterator[Finding]:
     import torch
     from bitsandbytes import functional as bnb_functional
 
     from ..packing import PackedLayout, dequantize, pack
 
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    for device in devices:
-        weight = torch.randn(256, 192, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-        codes, state = bnb_functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        expected = bnb_functional.dequantize_4bit(codes, state)
-        layout = PackedLayout((256, 192))
-        packed = pack(codes, state, layout, torch.bfloat16)
-        with _Listening() as lines:
-            found = dequantize(packed, layout, torch.bfloat16)
-        if not torch.equal(found, expected):
-            yield error(
-                f"Packed weights are dequantised wrongly on {device}: {_count_differences(found, expected)}.",
-                "Models would be trained on other weights than theirs.",
-                "Install the tested versions. If they are installed, report this.",
-            )
-        elif device.type == "cpu":
-            yield ok("On the CPU, packed weights are dequantised by bitsandbytes: there is no fused kernel for it.")
-        elif lines:
-            yield warning(
-                f"On {device}, packed weights are dequantised by three kernels instead of one.",
-                f"{' '.join(lines)} Steps take somewhat longer; the numbers are the same.",
-                "Install triton, which comes with CUDA builds of torch, and a C compiler (gcc), which it needs.",
-            )
-        else:
-            yield ok(f"On {device}, packed weights are dequantised by the fused Triton kernel, tried just now.")
+    weight = torch.randn(256, 192, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    codes, state = bnb_functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    expected = bnb_functional.dequantize_4bit(codes, state)
+    layout = PackedLayout((256, 192))
+    packed = pack(codes, state, layout, torch.bfloat16)
+    with _Listening() as lines:
+        found = dequantize(packed, layout, torch.bfloat16)
+    if not torch.equal(found, expected):
+        yield error(
+            f"Packed weights are dequantised wrongly on {device}: {_count_differences(found, expected)}.",
+            "Models would be trained on other weights than theirs.",
+            "Install the tested versions. If they are installed, report this.",
+        )
+    elif device.type == "cpu":
+        yield ok("On the CPU, packed weights are dequantised by bitsandbytes: there is no fused kernel for it.")
+    elif lines:
+        yield warning(
+            f"On {device}, packed weights are dequantised by three kernels instead of one.",
+            f"{' '.join(lines)} Steps take somewhat longer; the numbers are the same.",
+            _INSTALL_TRITON,
+        )
+    else:
+        yield ok(f"On {device}, packed weights are dequantised by the fused Triton kernel, tried just now.")
 
 
 def _count_differences(found: Any, expected: Any) -> str:

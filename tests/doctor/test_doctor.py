@@ -101,8 +101,17 @@ def test_a_healthy_machine(reports: dict[str, Any]) -> None:
     assert levels(report, "hf_qlora_fsdp") == ["note", "ok"] and "matplotlib" in said(report, "hf_qlora_fsdp")
     for check in (*LIBRARIES, "quantisation", "kernels", "patches", "collectives", "live test"):
         assert set(levels(report, check)) == {"ok"}, said(report, check)
+    assert "SwiGLU and RMSNorm run as operations of torch" in said(report, "kernels")
     assert "2 processes on the CPU over gloo" in said(report, "live test")
     assert said(report, "patches").count("Until") == 4  # one a patch
+
+
+@pytest.mark.gpu
+def test_kernels_are_tried_on_a_gpu() -> None:
+    from hf_qlora_fsdp.doctor.kernel_checks import check_kernels
+
+    findings = [finding for finding in check_kernels() if "cuda:0" in finding.what]
+    assert [finding.level for finding in findings] == ["ok"] * 3, findings
 
 
 def test_a_broken_machine_is_examined_to_the_end(reports: dict[str, Any]) -> None:
