@@ -33,9 +33,6 @@ _TRUTH = re.compile(r"(planner_truth)\.py --only (\S+)()$")
 _PROMISE = re.compile(r"(offload|experts)\.py --row (\S+) --steps \d+(?: --device-memory \S+)?(?: -- (.*))?$")
 """Which script, which of its rows, and what of `rehearse` beside: how many steps there were makes no other run."""
 _SCRIPTS = {"offload": offload, "experts": experts}
-OUTDATED = {"1b-b4-alone"}
-"""Configurations whose rows are of code that took more, and that were not measured since: they say nothing of a plan of
-today. (Of 28 November, before gate and up were one product and a frozen head two instead of three.)"""
 
 
 @dataclass(frozen=True)
@@ -135,8 +132,6 @@ def read_runs(results: Path) -> Iterator[Run]:
         if "allocated, steady" in figures  # else it ended before, or nobody asked by phase then
     }
     for ((script, name, extra), ranks), figures in latest.items():
-        if name in OUTDATED:
-            continue
         if script == "planner_truth":
             configuration = CONFIGURATIONS[name]
             shape, words, config = configuration.shape, configuration.words, TRUTH_SHAPES[configuration.shape]

@@ -8,15 +8,14 @@ them: with four, ours on two beside stock's on two.
 
     python benchmarks/throughput.py --profile /tmp/profiles      # all rows, and profiles of ours
 
-Where a call may take ten minutes, three calls do all rows on two GPUs; stock runs in each that compares with it. The
-first was timed, with profiles, and with writing stock's 15 GiB, which `--checkpoints` spares the others; these are
-reckoned.
+On four H200s all rows took eight minutes, the writing of stock's 15 GiB included. On two, where a call may take ten
+minutes, three calls do them, with `--checkpoints` to write those once; the first was timed, the others are reckoned.
 
     W="--minutes 9.5 --checkpoints /tmp/stock"
     L="--row 8b-batch-8 --row 8b-batch-8-liger"
     python benchmarks/throughput.py $W $L --row 8b-batch-2 --row 8b-batch-8-auto                          # 6 minutes
-    python benchmarks/throughput.py $W --row 8b-packed --row 100-steps --row 70b                          # 7 minutes
-    python benchmarks/throughput.py $W --row 8b-batch-8 --row sharding-overhead --row one-gpu             # 7 minutes
+    python benchmarks/throughput.py $W --row 8b-packed --row 100-steps --row 70b                          # 8 minutes
+    python benchmarks/throughput.py $W --row sharding-overhead --row one-gpu                              # 5 minutes
 
 Rows that are not done in time are said to be not measured.
 
