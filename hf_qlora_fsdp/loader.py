@@ -54,14 +54,12 @@ from .loading.random_weights import draw_weights
 from .loading.shard_cache import choose_folder, consult
 from .loading.sources import Piece, Slot, Slots, Source, plan_checkpoint
 from .loading.weights import Weights, find_weights
+from .mesh import check_gathering, make_mesh, mesh_device
 from .offloading.staging import NUM_SLOTS, choose_slot_bytes
 from .packed_linear import PackedLinear4bit
 from .ranks import fail_together, join_process_group, local_world_size, rank
 from .sharding import (
-    check_gathering,
     float32_parameters,
-    make_mesh,
-    mesh_device,
     move_buffers,
     shard_root,
     shard_unit,

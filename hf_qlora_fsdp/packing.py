@@ -15,7 +15,7 @@ and the kind of quantisation is needed for it, so every rank knows every layout 
 **The storage dtype.** The buffer is viewed, byte for byte, in the parameter dtype of the mixed-precision policy
 (`[num_bytes / itemsize, 1]`). FSDP casts parameters to that dtype before it gathers them; a view in the same dtype is
 left alone, while any other pairing would be cast *as numbers* and train on garbage without an error. (On GPUs it is
-left alone only because `compat/torch_gather_bytes.py` sees to it, and `sharding.check_gathering` checks that it is so.)
+left alone only because `compat/torch_gather_bytes.py` sees to it, and `mesh.check_gathering` checks that it is so.)
 
 **Pieces.** In 16 bits a weight is four times as large, 448 MiB for one of Llama-2-70B's [28672, 8192], and it is there
 while a layer computes, at the peak of a step. So a large one is made a piece at a time: some rows where rows give

@@ -30,16 +30,15 @@ import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from . import compat
 from .anatomy import Unit, decoder_layers, keep_in_float32, plan_units
-from .compat.torch_gather_bytes import PATCH as GATHER_BYTES
 from .errors import ShardingError
 from .experts.layers import fused_experts
+from .mesh import make_mesh, mesh_device
 from .offloading.offload import HostStore, HostTensor, shard_bytes
 from .packed_linear import PackedLinear4bit, repack
 from .ranks import fail_together, join_process_group, log_once
@@ -59,55 +58,6 @@ def check_storage_dtype(storage_dtype: torch.dtype, param_dtype: torch.dtype) ->
             "FSDP would cast the packed 4-bit bytes as numbers and train on garbage. Leave bnb_4bit_quant_storage out; "
             f"it follows the parameter dtype. Or train in {format_dtype(storage_dtype)}."
         )
-
-
-def make_mesh(checked: bool = True) -> DeviceMesh:
-    """Return the one-dimensional mesh of all ranks, on the accelerator where there is one.
-
-    Args:
-        checked (`bool`): Whether to gather over it now. NCCL starts with the first collective and takes up to a second
-            for it, so who has something to do meanwhile calls `check_gathering` later.
-    Raises:
-        ShardingError: What is gathered over it is not what was sharded.
-    """
-    device_type = "cuda" if "nccl" in str(dist.get_backend_config()) else "cpu"
-    if device_type == "cuda":
-        compat.apply(GATHER_BYTES)
-    mesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
-    if checked:
-        check_gathering(mesh)
-    return mesh
-
-
-def check_gathering(mesh: DeviceMesh) -> None:
-    """Gather every pattern of 16 bits, viewed as numbers of each dtype, and see that each comes back as it was.
-
-    Whether a copy is one of bits or of numbers depends on kernels that change from version to version, and a wrong one
-    shows in no loss. So it is tried on the machine that trains.
-
-    Raises:
-        ShardingError: One does not.
-    """
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        _check_gathering(mesh, dtype)
-
-
-def _check_gathering(mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    patterns = torch.arange(1 << 16, dtype=torch.int32, device=mesh_device(mesh)).to(torch.int16)
-    probe: Any = nn.Module()
-    probe.weight = nn.Parameter(patterns.view(dtype).clone(), requires_grad=False)
-    ShardingPolicy(param_dtype=dtype).fully_shard(probe, mesh, set())
-    probe.unshard()
-    if not torch.equal(probe.weight.view(torch.int16), patterns):
-        raise ShardingError(
-            f"torch {torch.__version__} changes bytes while it gathers {format_dtype(dtype)} on {mesh.device_type}, so "
-            "packed 4-bit weights would be garbage. Install a version from constraints.txt, or report this."
-        )
-
-
-def mesh_device(mesh: DeviceMesh) -> torch.device:
-    """Return the device of this rank."""
-    return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
 
 
 def shard_unit(

@@ -51,6 +51,7 @@ from .inputs import (
 )
 from .loader import load_quantized_model
 from .loading.adapters import initialize_adapter, inject_adapter
+from .mesh import make_mesh, mesh_device
 from .planning.auto import apply_plan
 from .ranks import log_once, rank
 from .resuming.resumable import ResumableTrainer
@@ -58,8 +59,6 @@ from .sharding import (
     base_model,
     check_sharded,
     is_sharded,
-    make_mesh,
-    mesh_device,
     shard_adapters,
     shard_model,
     shard_root,

@@ -22,6 +22,7 @@ LAYERS = [
     {"compat", "conversion", "kernels", "launch", "offloading", "quantization", "settling"},
     {"anatomy", "config", "notebook", "packing", "pictures"},
     {"experts", "packed_linear", "sharding_policy"},
+    {"mesh"},
     {"sharding", "speed", "summary"},
     {"export", "loading"},
     {"inputs", "loader", "merging", "planning", "resuming"},

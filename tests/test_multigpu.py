@@ -66,7 +66,7 @@ def sharded_gradients(rank: int, folder: str) -> tuple[dict[str, torch.Tensor], 
     from peft import LoraConfig
 
     from hf_qlora_fsdp import load_quantized_model
-    from hf_qlora_fsdp.sharding import make_mesh, mesh_device
+    from hf_qlora_fsdp.mesh import make_mesh, mesh_device
 
     lora = LoraConfig(**training.LORA)
     model = load_quantized_model(folder, peft_config=lora, attn_implementation="eager", progress=False)

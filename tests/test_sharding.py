@@ -30,6 +30,7 @@ from hf_qlora_fsdp.anatomy import plan_units
 from hf_qlora_fsdp.errors import ShardingError
 from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.loading.adapters import initialize_adapter, inject_adapter
+from hf_qlora_fsdp.mesh import make_mesh, mesh_device
 from hf_qlora_fsdp.packed_linear import PackedLinear4bit, repack
 from hf_qlora_fsdp.packing import dequantize
 from hf_qlora_fsdp.sharding import (
@@ -37,8 +38,6 @@ from hf_qlora_fsdp.sharding import (
     check_sharded,
     check_storage_dtype,
     is_sharded,
-    make_mesh,
-    mesh_device,
     shard_adapters,
     shard_model,
     shard_root,

@@ -218,9 +218,10 @@ def compute_sharded(folder: str, on_gpus: bool) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     from ..loader import load_quantized_model
+    from ..mesh import make_mesh, mesh_device
     from ..packed_linear import PackedLinear4bit
     from ..ranks import collective_device, join_process_group, rank
-    from ..sharding import check_sharded, make_mesh, mesh_device
+    from ..sharding import check_sharded
     from ..sharding_policy import ShardingPolicy
     from ..speed.fusion import fuse_lora
 

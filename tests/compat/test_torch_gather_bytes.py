@@ -52,7 +52,7 @@ def make_mesh_with_a_copy_that_changes_nan(rank: int) -> str:
     """Put a copy in the place of torch's that does to NaN what the one on GPUs does."""
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
-    from hf_qlora_fsdp.sharding import make_mesh
+    from hf_qlora_fsdp.mesh import make_mesh
 
     original = _fsdp_collectives._get_param_all_gather_inputs
 

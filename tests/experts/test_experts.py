@@ -26,7 +26,8 @@ from hf_qlora_fsdp.anatomy import plan_units
 from hf_qlora_fsdp.experts.layers import PROJECTIONS, Experts4bit, fused_experts, pack_experts
 from hf_qlora_fsdp.experts.lora import ParamWrapper
 from hf_qlora_fsdp.inputs import leave_experts_to_us
-from hf_qlora_fsdp.sharding import check_sharded, make_mesh, shard_root, shard_unit
+from hf_qlora_fsdp.mesh import make_mesh
+from hf_qlora_fsdp.sharding import check_sharded, shard_root, shard_unit
 from hf_qlora_fsdp.sharding_policy import ShardingPolicy
 from hf_qlora_fsdp.speed.fusion import fuse_lora
 from tests.distributed import RankPool

@@ -38,7 +38,7 @@ def test_only_the_same_run_is_continued():
 def checksums(rank: int) -> list[str]:
     from torch.distributed.fsdp import fully_shard
 
-    from hf_qlora_fsdp.sharding import make_mesh
+    from hf_qlora_fsdp.mesh import make_mesh
 
     found = []
     for change in (None, "value", "order", "rows", "trained"):
