@@ -75,10 +75,12 @@ def test_no_rows_and_a_single_one(shape):
     assert torch.autograd.grad(apply_rms_norm(x, norm).sum(), x)[0].shape == x.shape
 
 
-def compare(kernels: object, dtype: torch.dtype, shape: tuple[int, int], device: str) -> None:
+def compare(kernels: object, dtype: torch.dtype, shape: tuple[int, int], device: str, transposed: bool = False) -> None:
     """Compare the kernels with torch's operations: equal but for the order of sums, which seldom shows in 16 bits."""
     torch.manual_seed(0)
     x, dy = (3 * torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    if transposed:  # in memory
+        x, dy = (given.t().contiguous().t() for given in (x, dy))
     w = (1 + 0.2 * torch.randn(shape[1], device=device)).to(dtype)
     y, r = normalize_in_parts(x, w, EPS)
     theirs = y, r, differentiate_in_parts(dy, x, w, r)
@@ -102,7 +104,14 @@ def interpret() -> None:
 
     for dtype, shape in itertools.product([torch.float32, torch.float16], [(70, 128), (3, 5000), (1, 7)]):
         compare(kernels, dtype, shape, "cpu")
+    compare(kernels, torch.float32, (3, 100), "cpu", transposed=True)
     assert rms_norm._find_kernels(torch.device("cpu"), torch.float32) is kernels
+    for name in ("normalize", "differentiate"):
+        right = getattr(kernels, name)
+        setattr(kernels, name, lambda first, *rest, right=right: right(1.01 * first, *rest))
+        rms_norm._find_kernels.cache_clear()
+        assert rms_norm._find_kernels(torch.device("cpu"), torch.float32) is None, name
+        setattr(kernels, name, right)
     assert not kernels.takes(torch.empty(0, 8)) and not kernels.takes(torch.empty(1, 2 * kernels.MOST_COLUMNS))
     print("compared all shapes")
 
