@@ -48,6 +48,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def train_ours(rank: int, folder: str, specs: dict[str, dict[str, Any]]) -> dict[str, training.Run]:
     """Train once a spec: `rows` and `peft` of a spec say what, the rest are arguments."""
+    from hf_qlora_fsdp.speed.fused_norms import FusedNorm
     from hf_qlora_fsdp.speed.fusion import FusedLora
 
     runs = {}
@@ -60,7 +61,10 @@ def train_ours(rank: int, folder: str, specs: dict[str, dict[str, Any]]) -> dict
         runs[name] = training.run(trainer)
         runs[name].extra = {
             "eval_losses": [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log],
-            "num_fused": sum(isinstance(module.forward, FusedLora) for module in trainer.model.modules()),
+            "num_fused": [
+                sum(isinstance(module.forward, kind) for module in trainer.model.modules())
+                for kind in (FusedLora, FusedNorm)
+            ],
             "first": first,
             "trained_dtypes": {p.dtype for p in trainer.model.parameters() if p.requires_grad},
             "state_dtypes": {s["exp_avg"].dtype for s in trainer.optimizer.optimizer.state.values()}
@@ -124,7 +128,8 @@ def test_the_model_learns(trajectories: dict[str, training.Run]) -> None:
 
 
 def test_layers_run_fused_unless_told_otherwise(trajectories: dict[str, training.Run]) -> None:
-    assert trajectories["float32"].extra["num_fused"] == 2 * 7 and trajectories["unfused"].extra["num_fused"] == 0
+    assert trajectories["float32"].extra["num_fused"] == [2 * 7, 2 * 2 + 1]
+    assert trajectories["unfused"].extra["num_fused"] == [0, 0]
     assert_close(trajectories["float32"], trajectories["unfused"], NUM_STEPS)
 
 

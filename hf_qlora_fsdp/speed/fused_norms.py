@@ -26,7 +26,7 @@ class FusedNorm:
         self.parameters = norm._parameters  # read in each call, where looking it up would take as long as the rest
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.parameters["weight"]
+        weight = self.parameters.get("weight")  # none where it is computed (`torch.nn.utils.parametrize`)
         if weight is None or weight.requires_grad or weight.dtype != hidden_states.dtype:
             return type(self.norm).forward(self.norm, hidden_states)
         return apply_rms_norm(hidden_states, self.norm)
@@ -41,7 +41,9 @@ def fuse_norms(model: nn.Module) -> int:
         `int`: How many do.
     """
     unfuse_norms(model)
-    norms = [module for module in model.modules() if _is_usual(module)]
+    named = model.named_modules()
+    # What PEFT keeps beside a norm that is trained (`modules_to_save`) does not run, and is none that is fused.
+    norms = [module for name, module in named if _is_usual(module) and not name.endswith("original_module")]
     for norm in norms:
         norm.forward = FusedNorm(norm)
     return len(norms)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -47,7 +49,7 @@ def test_models_compute_the_same_with_all_their_norms_fused(family, num_norms, c
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES)).requires_grad_(False)
     ids = torch.randint(0, 128, (2, 10))
     before = model(ids).logits
-    assert fuse_norms(model) == num_norms
+    assert [fuse_norms(model), fuse_norms(model)] == [num_norms, num_norms]  # again, as a second trainer does
     after = model(ids).logits
     assert torch.equal(before, after) and len(calls) == num_norms
     unfuse_norms(model)
@@ -60,10 +62,36 @@ def test_a_norm_that_computes_something_else_is_left_alone(calls):
         def forward(self, hidden_states):
             return 2 * super().forward(hidden_states)
 
-    trained, replaced = make_norm(), make_norm()
+    class OfDifferences(nn.Module):
+        """Its instructions are those of the usual one; the names in them are others."""
+
+        def __init__(self, size: int, eps: float) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), eps
+
+        def forward(self, hidden_states):
+            input_dtype = hidden_states.dtype
+            hidden_states = hidden_states.to(torch.float32)
+            variance = hidden_states.sub(2).mean(-1, keepdim=True)
+            hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+            return self.weight * hidden_states.to(input_dtype)
+
+    class OfCubes(OfDifferences):
+        """Likewise, with another number."""
+
+        def forward(self, hidden_states):
+            input_dtype = hidden_states.dtype
+            hidden_states = hidden_states.to(torch.float32)
+            variance = hidden_states.pow(3).mean(-1, keepdim=True)
+            hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+            return self.weight * hidden_states.to(input_dtype)
+
+    trained, replaced, learnt = make_norm(), make_norm(), make_norm()
     trained.weight.requires_grad_(True)
     replaced.forward = torch.neg
-    assert fuse_norms(nn.ModuleList([make_norm(GptOssRMSNorm), make_norm(Doubling), trained, replaced])) == 0
+    learnt.variance_epsilon = torch.tensor(1e-5)
+    others = [make_norm(kind) for kind in (GptOssRMSNorm, Doubling, OfDifferences, OfCubes)]
+    assert fuse_norms(nn.ModuleList([*others, trained, replaced, learnt])) == 0
     assert torch.equal(replaced(torch.ones(64)), -torch.ones(64))
 
 
@@ -78,3 +106,15 @@ def test_a_call_that_is_not_usual_runs_as_the_class_has_it(calls):
     norm.weight.requires_grad_(False)
     norm(x.to(torch.bfloat16))
     assert calls == [norm]
+    parametrize.register_parametrization(norm, "weight", nn.Identity())  # the weight is no parameter of its own now
+    assert torch.equal(norm(x), expected) and calls == [norm]
+
+
+def test_what_is_kept_beside_a_trained_norm_is_no_fused_one(calls):
+    """Nobody calls it, but counted it would keep Liger's norms from those that are trained."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["norm", "layernorm"]))
+    assert fuse_norms(model) == 0
+    model(torch.zeros(1, 2, dtype=torch.int64))
+    assert calls == []
