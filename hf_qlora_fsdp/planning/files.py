@@ -76,11 +76,7 @@ def training_fields(settings: Settings) -> dict[str, Any]:
         "fuse_lora": (settings.fuse_lora, True),
         "use_liger_kernel": (settings.use_liger_kernel, False),
     }
-    values |= {name: value for name, (value, default) in optional.items() if value != default}
-    if settings.use_liger_kernel and settings.fuse_lora:
-        # What is fused does more, and without a gradient for weights that are not trained.
-        values["liger_kernel_config"] = {"swiglu": False, "rms_norm": False}
-    return values
+    return values | {name: value for name, (value, default) in optional.items() if value != default}
 
 
 def emit(plan: Plan, file: str, summary: str, dataset: str = DEFAULT_DATASET) -> None:

@@ -128,8 +128,6 @@ class Rehearsal:
             expert_chunk=options.expert_chunk,
             fuse_lora=not options.no_fuse_lora,
             use_liger_kernel=options.use_liger_kernel,
-            # What is fused does more, and without a gradient for weights that are not trained.
-            liger_kernel_config=None if options.no_fuse_lora else {"swiglu": False, "rms_norm": False},
             cpu_offload=options.cpu_offload,
             cpu_offload_pin_memory=not options.no_pin,
             cpu_offload_layers=options.cpu_offload_layers,

@@ -33,6 +33,7 @@ from hf_qlora_fsdp.loader import load_quantized_model
 from hf_qlora_fsdp.packed_linear import PackedLinear4bit
 from hf_qlora_fsdp.planning.auto import apply_plan
 from hf_qlora_fsdp.planning.cards import CARDS, find_card, find_link
+from hf_qlora_fsdp.planning.files import training_fields
 from hf_qlora_fsdp.planning.layer_trial import ALLOCATION_BYTES, _catch_arguments, _ready_to_run, try_layer
 from hf_qlora_fsdp.planning.memory_estimate import estimate
 from hf_qlora_fsdp.planning.memory_model import find_peaks, resident
@@ -168,7 +169,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(family, fuse):
     saved = sum(-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in storages.values())
     # The order of rows and its inverse, two a token, which functions of experts keep without autograd's knowing.
     orders = 2 * torch.int64.itemsize * (2 * 2 * 64) if family == "mixtral" else 0
-    # Its input, which a fused norm keeps, is no memory of its own to a layer that would have kept it anyway.
+    # A fused norm keeps the layer's input, which is not among what a layer saves: computed twice, it is kept as well.
     assert planned == saved + orders + (x.untyped_storage().nbytes() if fuse else 0)
 
 
@@ -253,6 +254,11 @@ def test_more_takes_more(changes, place, sign, weights):
     taken = [estimate(weights["8b"], replace(START, **change)) for change in changes]
     sizes = [one.card_bytes if place == "card" else one.host_bytes for one in taken]
     assert all(sign * (after - before) > 0 for before, after in itertools.pairwise(sizes)), sizes
+
+
+def test_a_plan_leaves_it_to_the_trainer_what_of_liger_is_left_out():
+    """Which sees what is fused: nothing of Gemma's norms, say, so that Liger's are to be used."""
+    assert "liger_kernel_config" not in training_fields(Settings(use_liger_kernel=True))
 
 
 def test_higher_ranks_and_more_targets_take_more():

@@ -259,6 +259,7 @@ WORDS = {
     "--no-fuse-lora": ("fuse_lora", False),
     "--expert-chunk 1GiB": ("expert_chunk", "1GiB"),
     "--use-liger-kernel": ("use_liger_kernel", True),
+    "--use-liger-kernel --steps 7": ("liger_kernel_config", None),  # the trainer sees what of it is to be left out
     "--param-dtype float32": ("param_dtype", "float32"),
 }
 
