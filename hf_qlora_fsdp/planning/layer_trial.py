@@ -264,9 +264,9 @@ def _ready_to_run(weight: ModelWeight, liger: bool, fuse: bool) -> Iterator[None
 
 @contextlib.contextmanager
 def _liger(base: nn.Module) -> Iterator[None]:
-    """Have Liger's norms run where none are fused."""
+    """Have Liger's norms run, unless some are fused: the trainer then leaves Liger's out (`inputs.settle_liger`)."""
     norms = [module for module in base.modules() if "RMSNorm" in type(module).__name__]
-    norms = [norm for norm in norms if "forward" not in norm.__dict__]
+    norms = [] if any("forward" in norm.__dict__ for norm in norms) else norms
     for norm in norms:
         norm.forward = lambda x, module=norm: LigerNorm.apply(x, module.weight)
     try:

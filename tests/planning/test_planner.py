@@ -34,7 +34,14 @@ from hf_qlora_fsdp.packed_linear import PackedLinear4bit
 from hf_qlora_fsdp.planning.auto import apply_plan
 from hf_qlora_fsdp.planning.cards import CARDS, find_card, find_link
 from hf_qlora_fsdp.planning.files import training_fields
-from hf_qlora_fsdp.planning.layer_trial import ALLOCATION_BYTES, _catch_arguments, _ready_to_run, try_layer
+from hf_qlora_fsdp.planning.layer_trial import (
+    ALLOCATION_BYTES,
+    _catch_arguments,
+    _Meter,
+    _ready_to_run,
+    try_layer,
+    try_norm,
+)
 from hf_qlora_fsdp.planning.memory_estimate import estimate
 from hf_qlora_fsdp.planning.memory_model import find_peaks, resident
 from hf_qlora_fsdp.planning.model_config import read_config
@@ -254,6 +261,30 @@ def test_more_takes_more(changes, place, sign, weights):
     taken = [estimate(weights["8b"], replace(START, **change)) for change in changes]
     sizes = [one.card_bytes if place == "card" else one.host_bytes for one in taken]
     assert all(sign * (after - before) > 0 for before, after in itertools.pairwise(sizes)), sizes
+
+
+def test_a_fused_norm_takes_what_its_kernels_write():
+    """Each way one matrix, and in the forward one number a row; torch's operations would take several in float32."""
+    weight = weigh_model(config_of(SIZES | TINY["llama"]), lora_r=8)
+    norm = weight.base.model.norm
+    x = torch.empty(1, 128, 128, dtype=torch.bfloat16, device="meta").requires_grad_()
+    with _ready_to_run(weight, False, True), _Meter(iter([x, norm.weight])) as meter:
+        y = norm(x)
+        assert meter.most == y.nbytes + 4 * 128
+        dy = torch.empty_like(y)
+        meter.begin()
+        torch.autograd.grad(y, x, dy)
+        assert meter.most == y.nbytes + 4 * 128 + dy.nbytes + x.nbytes
+
+
+@pytest.mark.parametrize(("trained", "is_liger"), [("model.norm", False), ("norm", True)])
+def test_ligers_norms_are_off_where_some_are_fused(trained, is_liger):
+    """As the trainer has it: what is trained, and so not fused, is then transformers', which takes far more."""
+    lora = LoraConfig(target_modules="all-linear", modules_to_save=[trained], task_type="CAUSAL_LM")
+    weight = weigh_model(config_of(SIZES | TINY["llama"]), peft_config=lora)
+    liger, theirs = (try_norm(weight, Settings(seq=64, use_liger_kernel=used)) for used in (True, False))
+    assert (liger.forward < theirs.forward) == is_liger
+    assert is_liger or liger == theirs
 
 
 def test_a_plan_leaves_it_to_the_trainer_what_of_liger_is_left_out():
