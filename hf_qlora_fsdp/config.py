@@ -180,8 +180,8 @@ class QLoRAFSDPConfig(SFTConfig):
         default=True,
         metadata={
             "help": "Compute a 4-bit layer and its adapter as one function, and a gated MLP of such layers as another: "
-            "faster, with less memory and fewer roundings. So is RMSNorm whose weight is not trained. Layers with "
-            "dropout, DoRA or several adapters run as PEFT has them; one line says so."
+            "faster, with less memory and fewer roundings. An RMSNorm that is not trained takes one pass over memory. "
+            "Layers with dropout, DoRA or several adapters run as PEFT has them; one line says so."
         },
     )
     on_nonfinite: str = field(

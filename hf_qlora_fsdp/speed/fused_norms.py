@@ -1,7 +1,7 @@
 """Which norms run as one function, see `kernels/rms_norm.py`, and which as transformers has them.
 
 A norm is looked at for what it computes, not for its name: its `forward` has to be, instruction for instruction, that
-of `LlamaRMSNorm`, as it is in some 140 models of transformers, and its weight must not be trained. Where a call is not
+of `LlamaRMSNorm`, as it is in 134 models of transformers, and its weight must not be trained. Where a call is not
 a usual one, in another dtype than the weight's say, the class's own `forward` runs.
 """
 
