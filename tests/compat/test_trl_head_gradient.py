@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +15,7 @@ from trl.trainer import utils as trainer_utils
 from hf_qlora_fsdp import compat
 from hf_qlora_fsdp.compat import trl_head_gradient
 from hf_qlora_fsdp.compat.trl_head_gradient import PATCH, tokens_at_a_time
+from tests.interpreted import needs_triton, run_interpreted
 
 TOKENS, WORDS, HIDDEN = 300, 500, 64
 OUTPUTS = ("entropy", "is_top1")
@@ -205,10 +201,6 @@ def interpret() -> None:
     print("compared all kinds")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@needs_triton
 def test_kernels_give_the_same_in_the_interpreter():
-    command = [sys.executable, "-c", f"from {__name__} import interpret; interpret()"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert "compared all kinds" in done.stdout, done.stderr
+    assert "compared all kinds" in run_interpreted(__name__)

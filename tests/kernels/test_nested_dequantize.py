@@ -7,14 +7,10 @@ and rounds each product before a sum, can be read in its instructions, for which
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import logging
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +35,7 @@ from hf_qlora_fsdp.packing import (
     quantize,
     unpack,
 )
+from tests.interpreted import needs_triton, run_interpreted
 
 # Whole nested blocks and programs; a last nested block that is not full; a last block that is not full; an odd number
 # of weights, so that half a byte is left over; one block that is all there is.
@@ -49,8 +46,6 @@ LAYOUTS = [PackedLayout(shape, *kind, size) for shape in SHAPES for kind in KIND
 
 # A nested block is 256 blocks of 64 weights: one of each piece, whole; one and a short one; one that is short.
 STACKS = [StackLayout(PackedLayout(shape, *kind), 4) for shape in [(256, 64), (320, 64), (96, 192)] for kind in KINDS]
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def make_packed(layout: PackedLayout, device: str = "cpu", seed: int = 0) -> torch.Tensor:
@@ -149,11 +144,7 @@ def interpret() -> None:
 
 @needs_triton
 def test_numbers_are_those_of_bitsandbytes_in_the_interpreter():
-    command = [sys.executable, "-c", f"from {__name__} import interpret; interpret()"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert f"compared {len(LAYOUTS)} layouts" in done.stdout, done.stderr
+    assert f"compared {len(LAYOUTS)} layouts" in run_interpreted(__name__)
 
 
 @needs_triton

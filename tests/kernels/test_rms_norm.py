@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_qlora_fsdp.kernels.rms_norm import apply_rms_norm, differentiate_in_parts, normalize_in_parts
+from tests.interpreted import needs_triton, run_interpreted
 from tests.kernels.test_lora_linear import DTYPES, differentiate, error_of
 
 EPS = 1e-5
@@ -116,13 +112,9 @@ def interpret() -> None:
     print("compared all shapes")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@needs_triton
 def test_kernels_give_the_numbers_of_torch_in_the_interpreter():
-    command = [sys.executable, "-c", f"from {__name__} import interpret; interpret()"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert "compared all shapes" in done.stdout, done.stderr
+    assert "compared all shapes" in run_interpreted(__name__)
 
 
 @pytest.mark.gpu

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +20,7 @@ from hf_qlora_fsdp.kernels.lora_group import apply_lora_group
 from hf_qlora_fsdp.kernels.silu_product import SiluOfHalves, silu_product, write_gradients
 from hf_qlora_fsdp.packed_linear import repack
 from hf_qlora_fsdp.speed.fusion import FusedMLP, fuse_lora, unfuse_lora
+from tests.interpreted import needs_triton, run_interpreted
 from tests.kernels.test_lora_linear import DTYPES, differentiate, error_of
 from tests.test_packing import make_linear
 
@@ -363,13 +359,9 @@ def interpret() -> None:
     print("compared all shapes")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@needs_triton
 def test_kernels_give_the_numbers_of_torch_in_the_interpreter():
-    command = [sys.executable, "-c", f"from {__name__} import interpret; interpret()"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert "compared all shapes" in done.stdout, done.stderr
+    assert "compared all shapes" in run_interpreted(__name__)
 
 
 def test_gradients_of_gradients_are_refused():
