@@ -2,16 +2,20 @@
 
 A norm is looked at for what it computes, not for its name: its `forward` has to be, instruction for instruction, that
 of `LlamaRMSNorm`, as it is in 134 models of transformers, and its weight must not be trained. Where a call is not
-a usual one, in another dtype than the weight's say, the class's own `forward` runs.
+a usual one, the class's own `forward` runs; if that is for its dtype, which nobody chose, one line says so.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..kernels.rms_norm import apply_rms_norm
+from ..ranks import log_once
+from ..units import format_dtype
 
 
 class FusedNorm:
@@ -27,9 +31,21 @@ class FusedNorm:
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.parameters.get("weight")  # none where it is computed (`torch.nn.utils.parametrize`)
-        if weight is None or weight.requires_grad or weight.dtype != hidden_states.dtype:
-            return type(self.norm).forward(self.norm, hidden_states)
-        return apply_rms_norm(hidden_states, self.norm)
+        if weight is not None and not weight.requires_grad:
+            if weight.dtype == hidden_states.dtype:
+                return apply_rms_norm(hidden_states, self.norm)
+            _say_dtypes_differ(hidden_states.dtype, weight.dtype)
+        return type(self.norm).forward(self.norm, hidden_states)
+
+
+@functools.cache
+def _say_dtypes_differ(x: torch.dtype, weight: torch.dtype) -> None:
+    log_once(
+        "An RMSNorm was given %s, and its weight is in %s, so transformers' own forward runs, which is slower. Both "
+        "are in param_dtype where FSDP gathers them.",
+        format_dtype(x),
+        format_dtype(weight),
+    )
 
 
 def fuse_norms(model: nn.Module) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -95,11 +97,16 @@ def test_a_norm_that_computes_something_else_is_left_alone(calls):
     assert torch.equal(replaced(torch.ones(64)), -torch.ones(64))
 
 
-def test_a_call_that_is_not_usual_runs_as_the_class_has_it(calls):
+def test_a_call_that_is_not_usual_runs_as_the_class_has_it(calls, caplog):
     norm, x = make_norm(), torch.randn(3, 64)
     expected = norm(x)
     fuse_norms(norm)
-    assert torch.equal(norm(x), expected) and expected.dtype == torch.float32  # a weight in bfloat16
+    fused_norms._say_dtypes_differ.cache_clear()
+    with caplog.at_level(logging.WARNING, "hf_qlora_fsdp"):
+        assert torch.equal(norm(x), expected) and expected.dtype == torch.float32  # a weight in bfloat16
+        norm(x)
+    (said,) = caplog.messages
+    assert "was given float32, and its weight is in bfloat16" in said
     norm.weight.requires_grad_(True)
     norm(x.to(torch.bfloat16)).sum().backward()
     assert norm.weight.grad is not None and calls == []
