@@ -196,7 +196,7 @@ def main() -> int:
         where = options.checkpoints or Path(folder)
         write_configs(where)
         jobs = [Job(group, needed, where, Path(folder), options) for group in GROUPS]
-        do_all(jobs, find_gpus(options), deadline, figures)
+        do_all(jobs, find_gpus(max(job.num_ranks for job in jobs if job.waiting), options), deadline, figures)
     return 0 if print_table(rows, figures, options) else 1
 
 
@@ -298,14 +298,14 @@ class Job:
         self.process.wait()
 
 
-def find_gpus(options: argparse.Namespace) -> list[str]:
+def find_gpus(num_needed: int, options: argparse.Namespace) -> list[str]:
     """Return the GPUs, by the names that CUDA_VISIBLE_DEVICES gives them; with `--tiny`, two places for none."""
     if options.tiny:
         return ["0", "1"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    if len(gpus) < 2:
-        raise SystemExit(f"Ours and stock are sharded over two GPUs, and there are {len(gpus)}.")
+    if len(gpus) < num_needed:
+        raise SystemExit(f"These rows need {num_needed} GPUs, and there are {len(gpus)}. --row one-gpu takes one.")
     return gpus
 
 
