@@ -249,11 +249,10 @@ def settle_liger(args: QLoRAFSDPConfig, num_fused_mlps: int, num_fused_norms: in
     if options != (args.liger_kernel_config or {}):
         args.liger_kernel_config = options
     if not args.use_liger_kernel and device_type == "cuda":
+        what = "Rotary embedding runs" if num_fused_norms else "RMSNorm and rotary embedding run"
         log_once(
-            "%s, in many kernels, since %s.",
-            "Rotary embedding runs as transformers has it"
-            if num_fused_norms
-            else "RMSNorm and rotary embedding run as transformers has them",
+            "%s in many kernels, as in transformers, since %s.",
+            what,
             "use_liger_kernel=True is not set" if is_liger_kernel_available() else "liger-kernel is not installed",
         )
 

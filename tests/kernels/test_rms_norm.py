@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_no_rows_and_a_single_one(shape):
     assert torch.autograd.grad(apply_rms_norm(x, norm).sum(), x)[0].shape == x.shape
 
 
-def compare(kernels: object, dtype: torch.dtype, shape: tuple[int, int], device: str, transposed: bool = False) -> None:
+def compare(kernels: Any, dtype: torch.dtype, shape: tuple[int, int], device: str, transposed: bool = False) -> None:
     """Compare the kernels with torch's operations: equal but for the order of sums, which seldom shows in 16 bits."""
     torch.manual_seed(0)
     x, dy = (3 * torch.randn(shape, device=device).to(dtype) for _ in range(2))
@@ -80,7 +81,7 @@ def compare(kernels: object, dtype: torch.dtype, shape: tuple[int, int], device:
     w = (1 + 0.2 * torch.randn(shape[1], device=device)).to(dtype)
     y, r = normalize_in_parts(x, w, EPS)
     theirs = y, r, differentiate_in_parts(dy, x, w, r)
-    mine = *kernels.normalize(x, w, EPS), kernels.differentiate(dy, x, w, r)  # type: ignore[attr-defined]
+    mine = *kernels.normalize(x, w, EPS), kernels.differentiate(dy, x, w, r)
     size = r[:, None] * ((w * dy).float().abs() + 10)  # of the terms of a gradient, which may cancel
     for one, other, scale in zip(mine, theirs, (y.float().abs(), r, size), strict=True):
         eps = torch.finfo(one.dtype).eps

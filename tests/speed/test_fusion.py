@@ -399,8 +399,8 @@ def test_a_layer_that_wants_something_else_takes_the_group_apart(group_calls):
         (True, {"swiglu": False}, 2, 5, "cuda", {"swiglu": False, "rms_norm": False}, "all but its RMSNorm"),
         (True, {"rms_norm": False}, 0, 5, "cuda", {"rms_norm": False}, None),
         (True, None, 0, 0, "cuda", None, None),
-        (False, None, 2, 0, "cuda", None, "RMSNorm and rotary embedding run as transformers has them"),
-        (False, None, 2, 5, "cuda", None, "Rotary embedding runs as transformers has it"),
+        (False, None, 2, 0, "cuda", None, "RMSNorm and rotary embedding run in many kernels"),
+        (False, None, 2, 5, "cuda", None, "Rotary embedding runs in many kernels"),
         (False, None, 2, 5, "cpu", None, None),
     ],
 )
