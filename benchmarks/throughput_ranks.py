@@ -92,7 +92,10 @@ OURS = {"kind": "ours", "num_ranks": 2, "liger": True}
 STOCK = {"kind": "stock", "num_ranks": 2}
 FAST = ("learning_rate", 1e-3)
 RUNS = {
+    # Layers whole on every card, as many as leave it with no more in use than stock's.
+    "ours-2-whole": Run(**OURS, batch=2, options=(("replicate_layers", "all"),)),
     "ours-2": Run(**OURS, batch=2),
+    "ours-8-whole": Run(**OURS, batch=8, options=(("replicate_layers", 30),)),
     "ours-8": Run(**OURS, batch=8),
     "ours-8-auto": Run(**OURS, batch=8, cap_gib=72, options=(("checkpoint_layers", "auto"),)),
     "ours-packed": Run(**OURS, batch=1, packed=True),
@@ -221,6 +224,7 @@ def make_args(this: Run, options: argparse.Namespace, device: torch.device) -> S
     own = dict(this.options)
     if options.tiny:
         own.pop("activation_offloading", None)  # needs a card
+        own |= {"replicate_layers": 1} if "replicate_layers" in own else {}  # it has two
     if this.kind == "ours":
         # What is fused does more, and without a gradient for weights that are not trained.
         shared["liger_kernel_config"] = NOT_LIGERS if shared["use_liger_kernel"] else None

@@ -14,6 +14,9 @@ and nothing is saved. The choice here:
   backward, which are neighbours;
 * where the head is tied to the embedding, all three are one unit;
 * what is left over belongs to the root.
+
+Where cards have room, decoder layers may be left whole on every rank (`ShardingPolicy.replicate_layers`). A unit is
+then what is trained in several of them: so little that to gather it layer by layer is mostly waiting.
 """
 
 from __future__ import annotations
@@ -37,12 +40,14 @@ class Unit:
         modules (`tuple[str, ...]`): Names of its modules within the model, in the order of their forward.
         keep_gathered (`bool`): Whether it stays gathered between forward and backward.
         is_decoder_layer (`bool`): Whether it is one of the layers that repeat.
+        is_replicated (`bool`): Whether what is frozen in it is left whole on every rank.
     """
 
     name: str
     modules: tuple[str, ...]
     keep_gathered: bool = False
     is_decoder_layer: bool = False
+    is_replicated: bool = False
 
 
 _LARGE_NUMEL = 1 << 24

@@ -40,6 +40,7 @@ from .settling import (
     settle_checkpointing,
     settle_offload,
     settle_precision,
+    settle_replication,
     take_over,
     threads_kept,
 )
@@ -136,6 +137,14 @@ class QLoRAFSDPConfig(SFTConfig):
             "communication and holds the whole 4-bit model on every device from forward to backward."
         },
     )
+    replicate_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Leave the frozen weights of this many decoder layers, spread evenly over the model, or of 'all', "
+            "whole on every device, and shard only what is trained in them: nothing is gathered but adapters. Faster, "
+            "above all with few tokens at a time; it takes the room of the parts that other devices would hold."
+        },
+    )
     shard_cache: bool = field(
         default=True,
         metadata={
@@ -200,6 +209,7 @@ class QLoRAFSDPConfig(SFTConfig):
         take_over(self, translate_fsdp(self.fsdp, self.fsdp_config))
         take_over(self, translate_environment(os.environ), from_launcher=True)
         settle_offload(self)
+        settle_replication(self)
         settle_checkpointing(self)
         settle_precision(self)
         refuse_unsupported(self.__dict__, os.environ)

@@ -96,6 +96,7 @@ def read_policy(args: QLoRAFSDPConfig) -> ShardingPolicy:
         cpu_offload_dir=Path(args.cpu_offload_dir) if args.cpu_offload_dir else None,
         cpu_offload_keep_files=args.cpu_offload_keep_files,
         cpu_offload_trainable=args.cpu_offload_trainable,
+        replicate_layers=args.replicate_layers,
         transformer_layer_cls_to_wrap=tuple(classes) if classes else None,
     )
 

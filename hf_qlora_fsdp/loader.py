@@ -19,7 +19,8 @@ of a rank while loading is, for the unit that has most of it,
 
 The two units: the whole one being assembled, and its own staged part with the shard that FSDP copies out of it. T is on
 the host while it is read and on the device while it is quantised; smaller tensors are read ahead in its room. The
-largest unit goes first, when S is still nothing.
+largest unit goes first, when S is still nothing. Layers that are left whole on every rank (`replicate_layers`) count
+into S with all their bytes, and nothing is copied out of them.
 
 The first collective between accelerators waits until files are being read (`_Loading._meet`): NCCL starts with it, and
 a disk need not rest meanwhile. What goes before, and what ranks tell each other, goes over gloo.
@@ -45,7 +46,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
-from .anatomy import Unit, plan_units
+from .anatomy import Unit
 from .experts.layers import CHUNK_BYTES, Experts4bit
 from .loading.adapters import check_peft_config, initialize_adapter, inject_adapter
 from .loading.blueprint import build_quantized_meta_model
@@ -64,8 +65,9 @@ from .sharding import (
     shard_root,
     shard_unit,
 )
-from .sharding_policy import ShardingPolicy
+from .sharding_policy import ReadyUnits, ShardingPolicy
 
+ROOT = Unit("the root", ("",))
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 
 
@@ -185,7 +187,7 @@ class _Loading:
         self.report = LoadReport(self.source.num_bytes)
         self.report.largest_tensor_bytes = max(piece.transient_bytes for piece in self.source.pieces)
         self.bytes_assigned = [0] * local_world_size()
-        self.units = plan_units(self.model, self.policy.class_names)
+        self.units = self.policy.plan_units(self.model)
         self.offloaded = self.policy.offloaded_units(self.units)
         self.store = self.policy.make_store(self.device)
         # Adapters rename modules, so tensors are addressed by module object from here on.
@@ -222,6 +224,7 @@ class _Loading:
             with fail_together("opening the files that are read"):
                 streaming.enter_context(self.source.stream(mine))
             self._meet()
+            ready = ReadyUnits(self.units)
             for index, (unit, pieces) in enumerate(groups):
                 bar.set_postfix_str(f"unit {index + 1}/{len(groups)}")
                 self._assemble(unit.name if unit else "the root", pieces, readers[index], node)
@@ -229,22 +232,27 @@ class _Loading:
                 if peft_config is not None:
                     for module in modules:
                         initialize_adapter(module, peft_config, self.device)
-                # Parameters change their identity while they come in, so this is asked anew for each unit.
-                names = unit.modules if unit else ("",)
-                ignored = float32_parameters(self.model, self.policy.param_dtype, names)
                 self._measure(modules)
-                if unit:
-                    place = self.store if unit.name in self.offloaded else None
-                    with fail_together(f"sharding {unit.name}"):  # one rank's disk may be full
-                        shard_unit(self.model, unit, self.policy, self.mesh, ignored, place)
-                else:
-                    shard_root(self.root, self.policy, self.mesh, ignored)
+                self._shard(ready.add(unit) if unit else ROOT)
                 bar.update(sum(piece.num_bytes for piece in pieces))
         if self.store is not None:
             with fail_together("finishing the files of offloaded shards"):
                 self.store.memory.finish()
         move_buffers(self.root, self.device)
         self.report.bytes_read = self.source.count_bytes_read()
+
+    def _shard(self, unit: Unit | None) -> None:
+        """Shard what is in place: a unit, the root, or nothing yet."""
+        if unit is None:
+            return
+        # Parameters change their identity while they come in, so this is asked anew for each unit.
+        ignored = float32_parameters(self.model, self.policy.param_dtype, unit.modules)
+        if unit is ROOT:
+            shard_root(self.root, self.policy, self.mesh, ignored)
+            return
+        place = self.store if unit.name in self.offloaded else None
+        with fail_together(f"sharding {unit.name}"):  # one rank's disk may be full
+            shard_unit(self.model, unit, self.policy, self.mesh, ignored, place)
 
     def _meet(self) -> None:
         """Have the accelerators meet, while the first tensors are being read: NCCL takes up to a second to start.
@@ -282,14 +290,16 @@ class _Loading:
         sizes = {name: self._final_bytes(pieces) for name, pieces in groups.items()}
         tensors = {name: max((piece.transient_bytes for piece in pieces), default=0) for name, pieces in groups.items()}
         offloaded = [size for name, size in sizes.items() if name in self.offloaded]
+        whole = {unit.name for unit in self.units if unit.is_replicated}
+        replicated = sum(sizes[name] for name in whole)
         pinned, world_size = self.policy.pins_memory(self.device.type), dist.get_world_size()
         return Need(
-            resident_bytes=(sum(sizes.values()) - sum(offloaded)) // world_size,
+            resident_bytes=(sum(sizes.values()) - sum(offloaded) - replicated) // world_size + replicated,
             offloaded_bytes=sum(offloaded) // world_size,
             staging_bytes=0 if pinned or not offloaded else NUM_SLOTS * choose_slot_bytes(offloaded) // world_size,
             mapped=self.policy.cpu_offload_dir is not None,
             kept=self.store is not None and self.store.memory.is_reused,
-            transient_bytes=max(2 * sizes[name] + tensors[name] for name in groups),
+            transient_bytes=max(2 * sizes[name] * (name not in whole) + tensors[name] for name in groups),
             tensor_bytes=self.report.largest_tensor_bytes,
             world_size=world_size,
             ranks_per_host=local_world_size(),

@@ -109,6 +109,32 @@ def settle_offload(config: Any) -> None:
     )
 
 
+def settle_replication(config: Any) -> None:
+    """Read `replicate_layers`, and refuse what would have the same weights elsewhere."""
+    wanted: Any = config.replicate_layers
+    if wanted is None:
+        return
+    if wanted != "all":
+        try:
+            wanted = int(wanted)
+        except (TypeError, ValueError):
+            wanted = 0
+        if wanted < 1:
+            raise refusal(
+                f"replicate_layers={config.replicate_layers!r}",
+                "it is the number of decoder layers whose frozen weights every device holds whole",
+                'Write 1 or more, "all", or leave it out to shard all of them.',
+            )
+        config.replicate_layers = wanted
+    for name in ("cpu_offload", "cpu_offload_trainable"):
+        if getattr(config, name):
+            raise refusal(
+                f"replicate_layers={wanted!r} with {name}=True",
+                "one spends device memory to save time, the other time to save device memory",
+                "Leave one of the two out.",
+            )
+
+
 def settle_checkpointing(config: Any) -> None:
     """Read `checkpoint_layers`, and refuse what says otherwise how layers are computed twice."""
     wanted: Any = config.checkpoint_layers

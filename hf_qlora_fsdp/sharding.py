@@ -35,14 +35,14 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .anatomy import Unit, decoder_layers, keep_in_float32, plan_units
+from .anatomy import Unit, decoder_layers, keep_in_float32
 from .errors import ShardingError
 from .experts.layers import fused_experts
 from .mesh import make_mesh, mesh_device
 from .offloading.offload import HostStore, HostTensor, shard_bytes
 from .packed_linear import PackedLinear4bit, repack
 from .ranks import fail_together, join_process_group, log_once
-from .sharding_policy import ShardingPolicy
+from .sharding_policy import ReadyUnits, ShardingPolicy
 from .units import format_bytes, format_dtype
 
 
@@ -87,6 +87,9 @@ def shard_unit(
             store = None
     if store is not None:
         offload_matrices(modules, ignored, store)
+    if unit.is_replicated:
+        ignored = ignored | _frozen(modules)
+        changes["reshard_after_forward"] = False  # adapters alone are next to nothing
     if unit.keep_gathered:
         changes["reshard_after_forward"] = False
         logging.getLogger("torch.distributed.fsdp.fully_shard").addFilter(_UNRUN_HEAD)
@@ -115,6 +118,10 @@ def offload_matrices(modules: Iterable[nn.Module], ignored: set[nn.Parameter], s
     }
     for child, name, parameter in places:
         child._parameters[name] = offloaded[parameter]
+
+
+def _frozen(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    return {parameter for module in modules for parameter in module.parameters() if not parameter.requires_grad}
 
 
 def _trained(modules: Iterable[nn.Module]) -> bool:
@@ -174,7 +181,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def check_sharded(model: nn.Module, policy: ShardingPolicy) -> None:
-    """Check that sharding was done: every decoder layer is a unit, and no rank holds a whole weight.
+    """Check that sharding was done: every decoder layer is in a unit, and no rank holds a weight that it should not.
 
     Args:
         model (`nn.Module`): The root, possibly a `PeftModel`.
@@ -188,9 +195,11 @@ def check_sharded(model: nn.Module, policy: ShardingPolicy) -> None:
     ]
     if unwrapped or not isinstance(model, FSDPModule):
         raise ShardingError(f"These modules should be FSDP units and are not: {unwrapped or [type(model).__name__]}.")
-    ignored = {id(parameter) for parameter in float32_parameters(base, policy.param_dtype)}
+    ignored = float32_parameters(base, policy.param_dtype)
+    replicated = [name for unit in policy.plan_units(base) if unit.is_replicated for name in unit.modules]
+    ignored |= _frozen(map(base.get_submodule, replicated))
     for name, parameter in model.named_parameters():
-        if id(parameter) in ignored:
+        if parameter in ignored:
             continue
         num_rows = parameter.shape[0] if parameter.ndim else 0
         if not isinstance(parameter, DTensor):
@@ -248,15 +257,17 @@ def shard_model(model: nn.Module, policy: ShardingPolicy, device: torch.device |
         packed = repack(linear, compute_dtype=policy.param_dtype, storage_dtype=policy.param_dtype)
         setattr(model.get_submodule(parent), leaf, packed)
         linear._parameters.clear()  # the weight refers to the layer, and would stay until garbage is collected
-    units = plan_units(base, policy.class_names)
+    units = policy.plan_units(base)
     with fail_together("making room for offloaded shards"):
         store = policy.make_store(device)
-    offloaded = policy.offloaded_units(units)
+    offloaded, ready = policy.offloaded_units(units), ReadyUnits(units)
     for unit in units:
         for name in unit.modules:
             cast += _move(base.get_submodule(name), device, policy.param_dtype, ignored)
-        with fail_together(f"sharding {unit.name}"):  # one rank's disk may be full
-            shard_unit(base, unit, policy, mesh, ignored, store if unit.name in offloaded else None)
+        if (joined := ready.add(unit)) is None:
+            continue
+        with fail_together(f"sharding {joined.name}"):  # one rank's disk may be full
+            shard_unit(base, joined, policy, mesh, ignored, store if unit.name in offloaded else None)
     if store is not None:
         with fail_together("finishing the files of offloaded shards"):
             store.memory.finish()

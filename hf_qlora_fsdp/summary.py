@@ -62,10 +62,12 @@ def describe(model: Any, units: list[Unit], param_dtype: torch.dtype, offload: s
     kinds = {f"{layout.quant_type}{' double-quantised' if layout.double_quant else ''}" for layout in layouts}
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    num_layers, others = sum(unit.is_decoder_layer for unit in units), [u.name for u in units if not u.is_decoder_layer]
+    layers, others = [u for u in units if u.is_decoder_layer], [u.name for u in units if not u.is_decoder_layer]
+    num_whole = sum(unit.is_replicated for unit in layers)
+    whole = f" ({num_whole} whole on every rank)" if num_whole else ""
     rows = [
         ("model", f"{base.config.name_or_path or type(base).__name__}, sharded over {dist.get_world_size()} ranks"),
-        ("units", f"{num_layers} decoder layers, {', '.join(others)}"),
+        ("units", f"{len(layers)} decoder layers{whole}, {', '.join(others)}"),
         ("4-bit", f"{format_count(counts['4bit'])} parameters, {', '.join(sorted(kinds))}"),
         ("16-bit", f"{format_count(counts['16bit'])} parameters"),
         ("trained", f"{format_count(counts['trained'])} parameters, {', '.join(map(format_dtype, trained))} masters"),

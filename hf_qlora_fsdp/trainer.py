@@ -31,7 +31,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from . import compat
-from .anatomy import decoder_layers, plan_units
+from .anatomy import decoder_layers
 from .compat.accelerate_cpu_fsdp import PATCH as CPU_FSDP
 from .compat.trl_head_gradient import PATCH as HEAD_GRADIENT
 from .compat.trl_head_positions import PATCH as HEAD_POSITIONS
@@ -141,7 +141,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             self.checkpointing = LayerCheckpointing(self.model, base, args.checkpoint_layers, device, names)
             self.add_callback(self.checkpointing)
         self.add_callback(SparedRandomStates())
-        self.kept_gathered = None if self.sharding_policy.reshard_after_forward else KeptGathered(self.model)
+        self.kept_gathered = KeptGathered(self._kept_modules())
         self.trained = spare_walks(self.model, list(decoder_layers(base_model(self.model), names).values()))
         self._num_parameters = 0
         # What scripts call at their end, on the model instead of the trainer.
@@ -190,16 +190,24 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             model = inject_adapter(model, peft_config)
             initialize_adapter(model, peft_config, mesh_device(mesh))
             base = base_model(model)
-            for unit in plan_units(base, policy.class_names):
+            for unit in policy.plan_units(base):
                 shard_adapters([base.get_submodule(name) for name in unit.modules], policy, mesh)
         if not isinstance(model, FSDPModule):
             shard_root(model, policy, mesh, set())
         return model
 
+    def _kept_modules(self) -> list[nn.Module]:
+        """Return the modules of the units that stay gathered from forward to backward."""
+        if not self.sharding_policy.reshard_after_forward:
+            return list(self.model.modules())
+        base = base_model(self.model)
+        replicated = [unit for unit in self.sharding_policy.plan_units(base) if unit.is_replicated]
+        return [base.get_submodule(unit.modules[0]) for unit in replicated]
+
     def _report(self) -> None:
         if rank() == 0:
             policy = self.sharding_policy
-            units = plan_units(base_model(self.model), policy.class_names)
+            units = policy.plan_units(base_model(self.model))
             offload = policy.describe_offload(self.accelerator.device.type)
             print(describe(self.model, units, policy.param_dtype, offload, compat.active_patches()), flush=True)
 
@@ -210,8 +218,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
             return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        if self.kept_gathered is not None:
-            self.kept_gathered.begin(is_last=self.accelerator.sync_gradients)
+        self.kept_gathered.begin(is_last=self.accelerator.sync_gradients)
         if self.checkpointing is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:

@@ -486,6 +486,25 @@ def test_finer_options_of_offloading_imply_it(make):
     assert policy.cpu_offload_trainable and not policy.pins_memory("cuda")
 
 
+def test_replicated_layers_are_a_number_or_all(make):
+    assert [read_policy(make(replicate_layers=given)).replicate_layers for given in ("8", 8, "all")] == [8, 8, "all"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"replicate_layers": "most"},
+        {"replicate_layers": 0},
+        {"replicate_layers": 2, "cpu_offload_layers": 2},
+        {"replicate_layers": "all", "cpu_offload_trainable": True},
+    ],
+)
+def test_replicated_layers_that_mean_nothing_are_refused(make, options):
+    with pytest.raises(ValueError) as error:
+        make(**options)
+    assert_refused(error, "replicate_layers=", "Write" if len(options) == 1 else "Leave one of the two out")
+
+
 @pytest.mark.parametrize("options", [{"cpu_offload_layers": 0}, {"cpu_offload_keep_files": True}])
 def test_offloading_that_means_nothing_is_refused(make, options):
     with pytest.raises(ValueError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests import training
 from tests.distributed import RankPool
@@ -133,6 +134,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "activations": {"activation_offloading": True},
     "checkpointing": {"gradient_checkpointing": True},
     "checkpointing and activations": {"gradient_checkpointing": True, "activation_offloading": True},
+    "whole": {"replicate_layers": "all"},
+    "checkpointing, one whole": {"gradient_checkpointing": True, "replicate_layers": 1},
     "checkpointing, pinned": {"gradient_checkpointing": True, "cpu_offload": True},
 }
 
@@ -146,7 +149,8 @@ def train_specs(rank: int, folder: str, out: str) -> dict[str, training.Run]:
         norm = trainer.model.get_base_model().model.norm
         norm.register_forward_hook(lambda *_, head=head, heads=heads: heads.append(str(head.weight.device)))
         runs[name] = training.run(trainer)
-        frozen = [p.to_local() for p in trainer.model.parameters() if not p.requires_grad]
+        frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
+        frozen = [p.to_local() if isinstance(p, DTensor) else p for p in frozen]
         trained = [p.to_local() for p in trainer.model.parameters() if p.requires_grad]
         runs[name].extra = {
             "first": first,

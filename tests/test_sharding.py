@@ -108,7 +108,7 @@ def compute_one(
     """Bring a model with an adapter onto the ranks in the way that `how` names, and run a step of one row a rank."""
     changes = {"cpu_offload": offload, "reshard_after_forward": reshard, **(policy or {})}
     settings = ShardingPolicy(param_dtype=dtype, **changes)
-    config = LoraConfig(**LORA, **lora)
+    config = LoraConfig(**(LORA | lora))
     model = BUILDERS[how](folder, config, settings, storage)
     draw_adapter(model)
     check_sharded(model, settings)

@@ -30,6 +30,7 @@ _PLANNED = (
     "cpu_offload",
     "cpu_offload_pin_memory",
     "cpu_offload_layers",
+    "replicate_layers",
 )
 _NOT_COUNTED = {
     "reshard_after_forward": (False, "a plan counts layers as freed after their forward, and all of them would stay"),

@@ -72,6 +72,7 @@ def training_fields(settings: Settings) -> dict[str, Any]:
         "activation_offloading": (settings.activation_offloading, False),
         "cpu_offload": (settings.cpu_offload, False),
         "cpu_offload_layers": (settings.cpu_offload_layers, None),
+        "replicate_layers": (settings.replicate_layers, None),
         "cpu_offload_pin_memory": (settings.cpu_offload_pin_memory, True),
         "fuse_lora": (settings.fuse_lora, True),
         "use_liger_kernel": (settings.use_liger_kernel, False),

@@ -20,6 +20,9 @@ the unit computes (`sharding_policy.py`). In the backward it is that of the next
 nothing and copies its shards into the parameters: once, or twice where they come from the host. A head that is tied to
 the embedding stays gathered with it for the whole step.
 
+**Replicated layers** are held whole. What they gather is their adapters, which stay for the whole step, and whose
+gradients are reduced for some layers together (`sharding_policy.py`).
+
 **x.** With checkpointing it is all that a layer keeps. Offloaded, the last five tensors are left on the card in the
 forward, since they may still be on their way (at the loss three of these are the norm's), and the layer's own in the
 backward. The first one stays in any case: it is the leaf that gradients end at.
@@ -44,6 +47,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..compat.trl_head_gradient import tokens_at_a_time
+from ..sharding_policy import ADAPTERS_AT_ONCE
 from .layer_trial import Trial, try_layer, try_norm
 from .settings import Settings
 from .weighing import ModelWeight, UnitWeight
@@ -109,6 +113,7 @@ def find_peaks(weight: ModelWeight, settings: Settings, compute_capability: int 
         settings (`Settings`): The run.
         compute_capability (`int`): Major one of the card, on which the size of cuBLAS' workspace depends.
     """
+    weight = settings.lay_out(weight)
     workspaces = NUM_WORKSPACES * WORKSPACE_BYTES.get(compute_capability, OTHER_WORKSPACE_BYTES)
     held = resident(weight, settings)
     held["workspaces"] = workspaces
@@ -128,7 +133,7 @@ def _total(moment: Moment) -> int:
 def resident(weight: ModelWeight, settings: Settings) -> Counter[str]:
     """Return what a card holds between steps, by cause: its shards, the adapter and the optimizer's two moments."""
     sizes: Counter[str] = Counter()
-    offloaded = settings.offloaded(weight)
+    weight, offloaded = settings.lay_out(weight), settings.offloaded(weight)
     for unit in weight.units:
         sizes += _named(_resident_of(unit, settings, offloaded))
     sizes["optimizer"] = 2 * sizes["LoRA"]
@@ -162,8 +167,10 @@ class _Step:
             (layer, _try(weight, layer.kind, settings, index < again)) for index, layer in enumerate(weight.layers)
         ]
         self.embedding, self.head = _ends(weight)
-        # An embedding that is the head, too, is gathered until the step's end.
-        self.stays = self.embedding.parts.gathered(self.ranks) if self.embedding and not self.head else 0
+        # To the step's end adapters of replicated layers are gathered, and an embedding that is the head, too.
+        self.replicated = settings.replicated(weight)
+        self.stays = sum(layer.parts.gathered(self.ranks) for layer in weight.layers if self._is_whole(layer))
+        self.stays += self.embedding.parts.gathered(self.ranks) if self.embedding and not self.head else 0
         self.offloaded = settings.offloaded(weight)
         text_config = weight.config.get_text_config()
         self.hidden, self.num_words = settings.tokens * text_config.hidden_size, text_config.vocab_size
@@ -181,10 +188,17 @@ class _Step:
     def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(name, (self.held, *parts))
 
+    def _is_whole(self, unit: UnitWeight) -> bool:
+        return unit.unit.name in self.replicated
+
+    def _gathered(self, unit: UnitWeight) -> int:
+        """Return what a unit takes once it is gathered, if it does not stay."""
+        return 0 if self._is_whole(unit) else unit.parts.gathered(self.ranks)
+
     def _copied(self, unit: UnitWeight) -> int:
         """Return what a unit takes while it is gathered: itself, and what it is copied out of."""
         copies = 2 if self.ranks > 1 or unit.unit.name in self.offloaded else 1
-        return copies * unit.parts.gathered(self.ranks)
+        return copies * self._gathered(unit)
 
     def _forward(self) -> Iterator[Moment]:
         if self.embedding:
@@ -194,7 +208,7 @@ class _Step:
             lower = kept + self.leaf
             if self.settings.activation_offloading:
                 lower = min(kept, (STASH - 1) * trial.kept + self.leaf)
-            whole = layer.parts.gathered(self.ranks)
+            whole = self._gathered(layer)
             for name, gathered, computing in (
                 ("gathering", self._copied(layer), {}),
                 ("layer", whole, trial.forward),
@@ -236,13 +250,14 @@ class _Step:
         for index, (layer, trial) in reversed(list(enumerate(layers))):
             kept = self.leaf + (below[index - 1] if index else 0)
             ahead = layers[index - 1][0] if index else last
-            gathered = self.stays + layer.parts.gathered(self.ranks)
-            gathered += ahead.parts.gathered(self.ranks) if ahead and self.ranks > 1 else 0
+            gathered = self.stays + self._gathered(layer)
+            gathered += self._gathered(ahead) if ahead and self.ranks > 1 else 0
             sizes = {"gathered units": gathered, "kept activations": kept, "gradients": reduced + previous}
             yield self._moment(f"layer {index}, backward", sizes, trial.backward)
             # The whole gradient in float32 stays until the next unit has its own.
-            previous = 4 * layer.parts.trained_numel(self.ranks)
-            reduced += previous // self.ranks
+            trained = layer.parts.trained_numel(self.ranks)
+            previous = 4 * trained * (ADAPTERS_AT_ONCE if self._is_whole(layer) else 1)
+            reduced += 4 * trained // self.ranks
 
 
 def _gradients(weight: ModelWeight, ranks: int) -> Iterator[int]:
@@ -258,7 +273,8 @@ def _load(weight: ModelWeight, settings: Settings) -> Iterator[Moment]:
     for unit in [*sorted(units, key=lambda unit: -unit.parts.final_bytes), *rest]:
         whole = unit.parts.final_bytes + 4 * unit.parts.trained_numel(1)
         shards = _resident_of(unit, settings, offloaded)
-        loading = {"loading": whole + max(unit.transient_bytes, shards.total())}
+        copied = shards.total() - unit.parts.whole_bytes
+        loading = {"loading": whole + max(unit.transient_bytes, copied)}
         yield Moment(f"loading {unit.unit.name}", (held, loading))
         held = held + _named(shards)
 

@@ -6,7 +6,7 @@ Their names are those of `QLoRAFSDPConfig`, so what a plan has chosen can be han
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..sharding_policy import ShardingPolicy
@@ -31,6 +31,7 @@ class Settings:
         cpu_offload (`bool`), cpu_offload_pin_memory (`bool`), cpu_offload_layers (`int`, *optional*): Which frozen
             weights lie in host memory, and in which kind of it.
         mapped (`bool`): Whether they lie in files (`cpu_offload_dir`).
+        replicate_layers (`int` or `"all"`, *optional*): How many decoder layers are left whole on every card.
         use_liger_kernel (`bool`), fuse_lora (`bool`): How layers are computed.
     """
 
@@ -46,6 +47,7 @@ class Settings:
     cpu_offload_pin_memory: bool = True
     cpu_offload_layers: int | None = None
     mapped: bool = False
+    replicate_layers: int | str | None = None
     use_liger_kernel: bool = False
     fuse_lora: bool = True
 
@@ -78,7 +80,20 @@ class Settings:
             count = self.cpu_offload_layers
             what = "all weights" if count is None else f"{count} of {num_layers} layers"
             words.append(f"{what} offloaded{'' if self.pins_memory else ', not pinned'}")
+        if self.replicate_layers is not None:
+            words.append(f"{self.replicate_layers} of {num_layers} layers whole on every card")
         return ", ".join(words)
+
+    def replicated(self, weight: ModelWeight) -> set[str]:
+        """Return the names of the units that are left whole on every card."""
+        policy = ShardingPolicy(replicate_layers=self.replicate_layers)
+        return policy.replicated_units([unit.unit for unit in weight.units if unit.unit.name])
+
+    def lay_out(self, weight: ModelWeight) -> ModelWeight:
+        """Return the model with layers whole where they are left so."""
+        whole = self.replicated(weight)
+        units = [replace(u, parts=u.parts.replicated) if u.unit.name in whole else u for u in weight.units]
+        return replace(weight, units=units) if whole else weight
 
     def offloaded(self, weight: ModelWeight) -> set[str]:
         """Return the names of the offloaded units."""
@@ -108,9 +123,9 @@ def check_settings(settings: Settings, num_layers: int) -> None:
     for name, least in numbers.items():
         if getattr(settings, name) < least:
             raise ValueError(f"{name}={getattr(settings, name)}: there is nothing to train. Give {least} or more.")
-    for name in ("cpu_offload_layers", "checkpoint_layers"):
+    for name in ("cpu_offload_layers", "checkpoint_layers", "replicate_layers"):
         value = getattr(settings, name)
-        if value is not None and not 0 <= value <= num_layers:
+        if value not in (None, "all") and not 0 <= value <= num_layers:
             raise ValueError(
                 f"{name}={value}, but the model has {num_layers} decoder layers. Write a number up to {num_layers}, or "
                 "leave it out."
@@ -118,8 +133,8 @@ def check_settings(settings: Settings, num_layers: int) -> None:
     if not is_possible(settings, num_layers):
         raise ValueError(
             "activation_offloading, checkpoint_layers, gradient_checkpointing=False and cpu_offload_layers without "
-            f"cpu_offload do not go together as in {settings}: activations are offloaded where all layers compute "
-            "theirs again, and layers where there is offloading. Leave one of them out."
+            f"cpu_offload, or with replicate_layers, do not go together as in {settings}: activations are offloaded "
+            "where all layers compute theirs again, and layers where there is offloading. Leave one of them out."
         )
 
 
@@ -130,6 +145,7 @@ def is_possible(settings: Settings, num_layers: int) -> bool:
         (settings.activation_offloading and again < num_layers)
         or (settings.checkpoint_layers is not None and not settings.gradient_checkpointing)
         or (settings.cpu_offload_layers is not None and not settings.cpu_offload)
+        or (settings.replicate_layers is not None and settings.cpu_offload)
     )
 
 

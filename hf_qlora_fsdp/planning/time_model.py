@@ -100,6 +100,7 @@ def bound_time(weight: ModelWeight, settings: Settings, card: Card, link: float,
     itemsize = weight.param_dtype.itemsize
     unpacked = (weight.num_packed * (2 + again) - counted.spared * again) * (0.5 + itemsize)
 
+    layers = settings.lay_out(weight).layers
     gathered = sum(unit.parts.gathered(ranks) for unit in layers)
     received = 2 * gathered * (ranks - 1) / ranks
     offloaded = settings.offloaded(weight)

@@ -44,8 +44,9 @@ class Part:
         row_bytes (`int`): Bytes of one of them, as it lies in a shard.
         gathered_bytes (`int`): The same, as it is gathered: what is trained is cast to the parameter dtype.
         codes_share (`float`): Of a packed weight, which part of the bytes are 4-bit codes; the others are scales.
-        kind (`str`): `"packed"`, `"plain"` (frozen, in 16 bits), `"trained"`, or `"whole"` on every rank.
+        kind (`str`): `"packed"`, `"plain"` (frozen, in 16 bits) or `"trained"`.
         is_matrix (`bool`): Whether it is offloaded with its unit.
+        is_whole (`bool`): Whether every rank holds all of it.
     """
 
     rows: int
@@ -54,14 +55,15 @@ class Part:
     kind: str
     codes_share: float = 0.0
     is_matrix: bool = True
+    is_whole: bool = False
 
     def shard(self, num_ranks: int) -> int:
         """Return the bytes of a rank's part."""
-        return (self.rows if self.kind == "whole" else math.ceil(self.rows / num_ranks)) * self.row_bytes
+        return (self.rows if self.is_whole else math.ceil(self.rows / num_ranks)) * self.row_bytes
 
     def gathered(self, num_ranks: int) -> int:
         """Return the bytes of what is gathered."""
-        return 0 if self.kind == "whole" else math.ceil(self.rows / num_ranks) * num_ranks * self.gathered_bytes
+        return 0 if self.is_whole else math.ceil(self.rows / num_ranks) * num_ranks * self.gathered_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,18 @@ class Parts:
     @functools.cached_property
     def frozen_matrices(self) -> Parts:
         """What goes to the host if the unit is offloaded."""
-        return Parts(tuple(part for part in self.parts if part.is_matrix and part.kind in ("packed", "plain")))
+        kept = (part for part in self.parts if part.is_matrix and not part.is_whole and part.kind != "trained")
+        return Parts(tuple(kept))
+
+    @functools.cached_property
+    def replicated(self) -> Parts:
+        """The same, with what is frozen left whole on every rank."""
+        return Parts(tuple(part if part.kind == "trained" else replace(part, is_whole=True) for part in self.parts))
+
+    @functools.cached_property
+    def whole_bytes(self) -> int:
+        """The bytes of what every rank holds."""
+        return sum(part.shard(1) for part in self.parts if part.is_whole)
 
     @functools.cache  # noqa: B019
     def region(self, num_ranks: int) -> int:
@@ -290,4 +303,4 @@ def _describe(parameter: nn.Parameter, packed: dict[int, tuple[float, int]], who
     is_matrix = parameter.ndim > 1
     if parameter.requires_grad:
         return Part(rows, row_bytes, row_bytes * dtype.itemsize // 4, "trained", is_matrix=is_matrix)
-    return Part(rows, row_bytes, row_bytes, "whole" if whole else "plain", is_matrix=is_matrix)
+    return Part(rows, row_bytes, row_bytes, "plain", is_matrix=is_matrix, is_whole=whole)

@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     offload.add_argument(
         "--no-gradient-checkpointing", action="store_true", help="keep all activations: faster, larger"
     )
+    parser.add_argument("--replicate-layers", metavar="K", help="leave K decoder layers whole on every card, or all")
     parser.add_argument("--device-memory", metavar="SIZE", help="pretend that cards have only this, as 24GiB")
     parser.add_argument("--json", metavar="FILE", help="write all figures there, or to stdout (-)")
     parser.add_argument("--plot", metavar="FILE", help="draw memory over time into this PNG; needs matplotlib")
@@ -142,6 +143,13 @@ def check(args: argparse.Namespace) -> None:
     args.cpu_offload = args.cpu_offload or args.cpu_offload_layers is not None or args.cpu_offload_dir is not None
     if args.no_pin and not args.cpu_offload:
         raise ValueError("--no-pin says how offloaded weights are kept, and none are. Add --cpu-offload.")
+    replicated = args.replicate_layers
+    if replicated not in (None, "all") and not (replicated.isdecimal() and int(replicated)):
+        raise ValueError(f"--replicate-layers {replicated} is no number of decoder layers. Give 1 or more, or all.")
+    if replicated and args.cpu_offload:
+        raise ValueError(
+            f"--replicate-layers {replicated} spends memory of the cards, which offloading is to save. Leave one out."
+        )
 
 
 def check_machine(args: argparse.Namespace) -> None:

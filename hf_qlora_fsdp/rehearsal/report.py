@@ -84,6 +84,7 @@ def _describe_run(outcome: dict[str, Any]) -> str:
         "no_pin",
         "cpu_offload_layers",
         "cpu_offload_dir",
+        "replicate_layers",
         "activation_offloading",
     )
     chosen = [name for name in (*flags, "no_gradient_checkpointing") if options.get(name) not in (None, False)]

@@ -141,7 +141,10 @@ def advise(
         half, steps = math.ceil(options.batch / 2), options.grad_accumulation * 2
         advice.append(f"--batch {half} --grad-accumulation {steps}: as many sequences a step, half at a time")
     offloaded = options.cpu_offload_layers or 0
-    if not options.cpu_offload or options.cpu_offload_layers:
+    if options.replicate_layers:
+        extra = format_bytes((num_ranks - 1) * shapes.layer_bytes)
+        advice.append(f"fewer --replicate-layers, or none: each takes {extra} of a card beside its part")
+    elif not options.cpu_offload or options.cpu_offload_layers:
         count = offloaded + math.ceil((missing_bytes or 0) / shapes.layer_bytes)
         if missing_bytes and offloaded < count <= shapes.num_layers:
             freed = format_bytes((count - offloaded) * shapes.layer_bytes)

@@ -132,6 +132,7 @@ class Rehearsal:
             cpu_offload_pin_memory=not options.no_pin,
             cpu_offload_layers=options.cpu_offload_layers,
             cpu_offload_dir=options.cpu_offload_dir,
+            replicate_layers=options.replicate_layers,
             model_init_kwargs=model_options,
             trust_remote_code=options.trust_remote_code,
             max_length=None,

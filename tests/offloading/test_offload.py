@@ -108,6 +108,8 @@ def test_layers_are_spread():
             assert len(chosen) == count and len(gaps) <= 2
     with pytest.raises(ValueError, match=r"cpu_offload_layers=7, but the model has 6 .* Write a number up to 6"):
         spread(7, 6)
+    with pytest.raises(ValueError, match=r'^replicate_layers=7, but the model has 6 .* up to 6, or "all"'):
+        spread(7, 6, "replicate_layers")
 
 
 def test_a_shard_that_fsdp_pads_again_keeps_its_memory(ranks, tmp_path):

@@ -88,9 +88,9 @@ def weights() -> dict[str, ModelWeight]:
 # ---- What follows from shapes is exact -------------------------------------------------------------------------------
 
 
-def train_and_weigh(rank: int, file: str, lora_r: int, offload: bool) -> dict[str, int]:
+def train_and_weigh(rank: int, file: str, lora_r: int, offload: bool, replicate: int | None) -> dict[str, int]:
     """Load a model of random weights, take a step, and weigh what this rank holds."""
-    policy = ShardingPolicy(cpu_offload=offload, cpu_offload_layers=2 if offload else None)
+    policy = ShardingPolicy(cpu_offload=offload, cpu_offload_layers=2 if offload else None, replicate_layers=replicate)
     lora = LoraConfig(r=lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
     model = load_quantized_model(file, random_weights=True, peft_config=lora, policy=policy, progress=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -123,21 +123,28 @@ def train_and_weigh(rank: int, file: str, lora_r: int, offload: bool) -> dict[st
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("family", "tied", "lora_r", "offload"),
-    [("llama", False, 5, True), ("qwen3", False, 8, False), ("qwen3", True, 8, False), ("mixtral", False, 4, False)],
-    ids=["offloaded", "dense", "tied", "experts"],
+    ("family", "tied", "lora_r", "offload", "replicate"),
+    [
+        ("llama", False, 5, True, None),
+        ("qwen3", False, 8, False, None),
+        ("qwen3", True, 8, False, None),
+        ("mixtral", False, 4, False, None),
+        ("llama", False, 5, False, 2),
+    ],
+    ids=["offloaded", "dense", "tied", "experts", "replicated"],
 )
 def test_shards_adapter_gradients_and_optimizer_are_exact(
-    family, tied, lora_r, offload, num_ranks, tmp_path, ranks: RankPool
+    family, tied, lora_r, offload, replicate, num_ranks, tmp_path, ranks: RankPool
 ):
     """The share of a rank, of weights whose rows do not divide evenly (r=5)."""
     values = SIZES | TINY[family] | {"tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(values))
     pool = ranks if num_ranks == 2 else alone()
-    real = pool.run(train_and_weigh, str(tmp_path / "config.json"), lora_r, offload)[0]
+    real = pool.run(train_and_weigh, str(tmp_path / "config.json"), lora_r, offload, replicate)[0]
     weight = weigh_model(str(tmp_path), lora_r=lora_r)
     layers = 2 if offload else None
     settings = Settings(num_ranks=num_ranks, ranks_per_host=num_ranks, cpu_offload=offload, cpu_offload_layers=layers)
+    settings = replace(settings, replicate_layers=replicate)
     held = resident(weight, settings)
     assert held["4-bit codes"] + held["scales"] == real["packed"]
     assert held["embedding, head and norms"] == real["plain"]

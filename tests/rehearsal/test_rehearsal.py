@@ -260,6 +260,7 @@ WORDS = {
     "--expert-chunk 1GiB": ("expert_chunk", "1GiB"),
     "--use-liger-kernel": ("use_liger_kernel", True),
     "--use-liger-kernel --steps 7": ("liger_kernel_config", None),  # the trainer sees what of it is to be left out
+    "--replicate-layers all": ("replicate_layers", "all"),
     "--param-dtype float32": ("param_dtype", "float32"),
 }
 
@@ -365,6 +366,10 @@ def test_advice_is_computed_and_leaves_out_what_is_on() -> None:
     assert more[0].startswith("--cpu-offload-layers 12 of 80, which makes 1.2 GiB")
     far = advise(options("x", activation_offloading=True), shapes, 80 * 200 * MIB + 1, 2, "steady")
     assert not any("layers" in item for item in far), "more layers than there are"
+    replicated = options("x", "--replicate-layers", "all", "--seq", "512", activation_offloading=True)
+    fewer = advise(replicated, shapes, 1001 * MIB, 2, "load")
+    assert fewer[0] == "fewer --replicate-layers, or none: each takes 200.0 MiB of a card beside its part"
+    assert len(fewer) == 2, "it does not go with offloading"
     all_on = options("x", "--cpu-offload", "--seq", "512", activation_offloading=True)
     everything = advise(all_on, shapes, 1, 2, "steady")
     assert everything == ["--nproc 4: more cards, each with half the weights"]

@@ -154,6 +154,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "at the loss": {"layers": 0, "at the loss": 4},
     "a longer batch": {"layers": "auto", "room": NUM_LAYERS},
     "kept gathered": {"layers": None, "changes": {"reshard_after_forward": False}},
+    "replicated": {"layers": 1, "changes": {"replicate_layers": "all"}},
+    "replicated, some": {"layers": 0, "place": "forward", "layer": 2, "call": 3, "changes": {"replicate_layers": 3}},
+    "replicated, backward": {
+        "layers": "1",
+        "place": "backward",
+        "layer": 2,
+        "call": 4,
+        "changes": {"replicate_layers": "all"},
+    },
     "no dropout": {"layers": None, "dropout": 0.0, "changes": {"max_steps": 1}},
     "nothing left": {"layers": 4, "place": "forward", "layer": 1, "call": 1, "always": True},
 }
@@ -165,9 +174,7 @@ def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return ranks.run(train, folder, str(tmp_path_factory.mktemp("out")), RUNS)
 
 
-@pytest.mark.parametrize(
-    "name", ["one", "auto", "forward", "backward", "recompute", "at the loss", "a longer batch", "kept gathered"]
-)
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("all", "no dropout", "nothing left")])
 def test_no_bit_depends_on_it(trained: list[dict[str, training.Run]], name: str) -> None:
     for runs in trained:
         reference, run = runs["all"], runs[name]
@@ -214,6 +221,8 @@ def test_units_are_gathered_once_a_step_where_they_stay_whole_anyway(trained: li
     for runs in trained:
         num_units = NUM_LAYERS + 2
         assert runs["kept gathered"].extra["gathered"] == 3 * num_units
+        # All adapters are one unit; embedding and head, which are not replicated, are gathered as ever.
+        assert runs["replicated"].extra["gathered"] == 3 * (1 + 2 * 2)
         assert runs["all"].extra["gathered"] == 3 * 2 * (num_units + NUM_LAYERS)  # layers again for the backward
 
 
