@@ -4,10 +4,11 @@ Layer by layer, autograd keeps four tensors of the wide inner size: what gate pu
 their product, which down reads. Here it keeps two, side by side as one product has put them out (`joined_product.py`),
 and makes the others again in the backward, which costs a pass over each.
 
-**Two functions, the second of which keeps nothing.** Gradient checkpointing runs a layer's forward again in the
+**Two functions, the second of which saves nothing.** Gradient checkpointing runs a layer's forward again in the
 backward, and stops once everything that was kept is there again. An MLP is the last thing in a layer. As one function
 it would have to be run to its end, and the product of down, a third of it, is needed by nobody a second time. So
 `_Down` takes all that its backward needs from what `_GateUp` has kept, whose backward comes next and gets it handed on.
+All but h, what A of down puts out, which would take reading m: R numbers a token, and those of the forward stay.
 
 **In place where nobody looks.** What checkpointing has made again is for this backward alone, so gradients are written
 over it. What the forward itself has kept stays as it is, for whoever goes through the graph a second time. m is made
@@ -66,7 +67,8 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gu_TD, down_a, down_b, down, scaling, gate_up, shape):
         m_TI = silu_product(*gate_up.gate_and_up.split(gu_TD))
-        y_TK, _ = forward_product(m_TI, down, down_a, down_b, scaling)
+        y_TK, h_TR = forward_product(m_TI, down, down_a, down_b, scaling)
+        ctx.h_TR = h_TR if ctx.needs_input_grad[2] else None
         ctx.down, ctx.scaling, ctx.gate_up = down, scaling, gate_up
         # A plain view of something made in here could not be changed in place by those who get it.
         return torch.ops.aten._unsafe_view(y_TK, shape)
@@ -91,14 +93,14 @@ class _Down(torch.autograd.Function):
             d_TD, gate_up.overwritten = gu_TD, weakref.ref(gu_TD.untyped_storage())
         else:
             d_TD = torch.empty_like(gu_TD)
-        write_gradients(dm_TI, *split(gu_TD), *split(d_TD), make_m=needs_a or needs_b)
+        write_gradients(dm_TI, *split(gu_TD), *split(d_TD), make_m=needs_a)
         if torch.is_anomaly_enabled():  # looks at all of it, and behind the gradients nothing is written yet
             d_TD[:, gate_up.gate_and_up.num_outputs :].zero_()
         m_TI = dm_TI  # by now
         if needs_a:
             da_RI = dh_TR.t().mm(m_TI)
         if needs_b:
-            db_KR = backward_to_b(dy_TK, m_TI.mm(down.lora_a.weight.t()), scaling)
+            db_KR = backward_to_b(dy_TK, ctx.h_TR, scaling)
         # As aliases, so that hooks that have fetched them, TRL's offloading say, see that they are in use.
         gate_up.handed_on = xh_TC.detach()
         return d_TD.detach(), da_RI, db_KR, None, None, None, None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -221,6 +222,31 @@ def test_what_is_computed_again_ends_before_down(monkeypatch):
     again = differentiate(lambda x: checkpoint(mlp, x, use_reentrant=False), x, dy, *adapter)
     assert counts == {"gate_proj": 3, "up_proj": 3, "down_proj": 2} and len(passes) == 2
     assert all(map(torch.equal, again, usual))
+
+
+class ReadsM(TorchDispatchMode):
+    """Counts products of m, which is as wide as the MLP, with A of down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            self.count += args[0].shape[1] == INNER and args[1].shape == (INNER, RANK)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_of_down_puts_out_is_computed_once(checkpointing):
+    mlp = make_mlp(torch.bfloat16, **OF_EACH_ITS_OWN)
+    fuse_lora(mlp)
+    x = torch.randn(7, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    with ReadsM() as seen:
+        y = checkpoint(mlp, x, use_reentrant=False) if checkpointing else mlp(x)
+        assert seen.count == 1
+        y.sum().backward()
+    assert seen.count == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])
