@@ -299,6 +299,7 @@ class _Loading:
             staging_bytes=0 if pinned or not offloaded else NUM_SLOTS * choose_slot_bytes(offloaded) // world_size,
             mapped=self.policy.cpu_offload_dir is not None,
             kept=self.store is not None and self.store.memory.is_reused,
+            replicated_bytes=replicated,
             transient_bytes=max(2 * sizes[name] * (name not in whole) + tensors[name] for name in groups),
             tensor_bytes=self.report.largest_tensor_bytes,
             world_size=world_size,

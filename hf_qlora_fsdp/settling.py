@@ -115,10 +115,7 @@ def settle_replication(config: Any) -> None:
     if wanted is None:
         return
     if wanted != "all":
-        try:
-            wanted = int(wanted)
-        except (TypeError, ValueError):
-            wanted = 0
+        wanted = int(wanted) if str(wanted).isdecimal() else 0  # neither True nor 2.7
         if wanted < 1:
             raise refusal(
                 f"replicate_layers={config.replicate_layers!r}",

@@ -181,7 +181,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def check_sharded(model: nn.Module, policy: ShardingPolicy) -> None:
-    """Check that sharding was done: every decoder layer is in a unit, and no rank holds a weight that it should not.
+    """Check that sharding was done: every decoder layer is in a unit, and each rank holds its share of every weight, or
+    all of what is frozen in a replicated layer.
 
     Args:
         model (`nn.Module`): The root, possibly a `PeftModel`.
@@ -197,15 +198,20 @@ def check_sharded(model: nn.Module, policy: ShardingPolicy) -> None:
         raise ShardingError(f"These modules should be FSDP units and are not: {unwrapped or [type(model).__name__]}.")
     ignored = float32_parameters(base, policy.param_dtype)
     replicated = [name for unit in policy.plan_units(base) if unit.is_replicated for name in unit.modules]
-    ignored |= _frozen(map(base.get_submodule, replicated))
+    whole = _frozen(map(base.get_submodule, replicated))
     for name, parameter in model.named_parameters():
         if parameter in ignored:
             continue
+        if isinstance(parameter, DTensor) == (parameter in whole):
+            how = "cut" if parameter in whole else "whole on every rank"
+            raise ShardingError(
+                f"{name} ({format_bytes(parameter.nbytes)}) is {how}, and with replicate_layers="
+                f"{policy.replicate_layers!r} it should not be. Give a model that was sharded before the same "
+                "replicate_layers as it was loaded with."
+            )
         num_rows = parameter.shape[0] if parameter.ndim else 0
-        if not isinstance(parameter, DTensor):
-            raise ShardingError(f"{name} ({format_bytes(parameter.nbytes)}) is whole on every rank.")
         most = -(-num_rows // dist.get_world_size())
-        if parameter.to_local().shape[0] > most:
+        if isinstance(parameter, DTensor) and parameter.to_local().shape[0] > most:
             raise ShardingError(f"Rank {dist.get_rank()} holds more than its share of {name}.")
 
 

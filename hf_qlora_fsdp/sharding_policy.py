@@ -62,6 +62,13 @@ class ShardingPolicy:
     replicate_layers: int | str | None = None
     transformer_layer_cls_to_wrap: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.replicate_layers is not None and (self.cpu_offload or self.cpu_offload_trainable):
+            raise ValueError(
+                f"replicate_layers={self.replicate_layers!r} with offloading: one spends device memory to save time, "
+                "the other time to save device memory. Leave one of the two out."
+            )
+
     @property
     def class_names(self) -> list[str] | None:
         return list(self.transformer_layer_cls_to_wrap) if self.transformer_layer_cls_to_wrap else None

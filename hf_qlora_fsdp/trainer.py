@@ -60,6 +60,7 @@ from .sharding import (
     check_sharded,
     is_sharded,
     shard_adapters,
+    shard_again,
     shard_model,
     shard_root,
 )
@@ -239,6 +240,7 @@ class QLoRAFSDPTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        shard_again(self.model)  # or after an evaluation the optimizer is given what is gathered, and trains nothing
         optimizer = super().create_optimizer(*args, **kwargs)
         step_on_shards(optimizer)
         return optimizer

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hf_qlora_fsdp.errors import ShardingError
+from hf_qlora_fsdp.errors import DoesNotFitError, ShardingError
 from hf_qlora_fsdp.loader import load_quantized_model
+from hf_qlora_fsdp.loading.fitting import check_fits
 from hf_qlora_fsdp.sharding import base_model, check_sharded
 from hf_qlora_fsdp.sharding_policy import ADAPTERS_AT_ONCE, ShardingPolicy
+from hf_qlora_fsdp.summary import describe
 from tests import training
 from tests.distributed import RankPool
 from tests.test_sharding import INPUT_IDS, LORA, assert_identical, compute_sharded
@@ -135,6 +137,55 @@ def test_a_run_may_go_on_with_layers_whole(ranks: RankPool, folder: str, tmp_pat
         assert len(result["words"][0]) == 9
 
 
+def run_before_training(rank: int, folder: str, out: str, run: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Run a model, then train it; return how many of its adapter's tensors have changed, and how it is described."""
+    rows = {"eval_dataset": training.equal_rows(3)}
+    trainer = training.ours(folder, training.equal_rows(8), {"folder": out, "max_steps": 2, **changes}, **rows)
+    before = training.adapter_of(trainer.model)
+    if run == "evaluate":
+        trainer.evaluate()
+    else:
+        trainer.model.generate(input_ids=INPUT_IDS[:1, :5], max_new_tokens=2, do_sample=False)
+    after = training.run(trainer).adapter
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    policy = trainer.sharding_policy
+    units = policy.plan_units(base_model(trainer.model))
+    said = describe(trainer.model, units, policy.param_dtype, "none", [])
+    return {"moved": len(moved), "of": len(before), "said": said}
+
+
+@pytest.mark.parametrize("run", ["evaluate", "generate"])
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [({"replicate_layers": "all"}, " (10 whole on every rank),"), ({"reshard_after_forward": False}, ",")],
+    ids=["replicated", "kept gathered"],
+)
+def test_what_runs_before_training_leaves_it_to_train(
+    ranks: RankPool, folder: str, tmp_path: Path, run, changes, layers
+):
+    for result in ranks.run(run_before_training, folder, str(tmp_path), run, changes):
+        assert result["moved"] == result["of"] > 0
+        assert f"10 decoder layers{layers}" in result["said"]
+
+
+def adopt(rank: int, folder: str, out: str, loaded: int | None, asked: int | None) -> tuple[str, str]:
+    base = load_quantized_model(folder, policy=ShardingPolicy(replicate_layers=loaded), progress=False)
+    changes = {"folder": out, "max_steps": 1, "replicate_layers": asked}
+    return training.refusal(training.ours, base, training.equal_rows(4), changes)
+
+
+@pytest.mark.parametrize(("loaded", "asked", "how"), [(None, 5, "cut"), (5, None, "whole on every rank")])
+def test_a_model_that_was_cut_otherwise_is_refused(ranks: RankPool, folder: str, tmp_path: Path, loaded, asked, how):
+    for kind, said in ranks.run(adopt, folder, str(tmp_path), loaded, asked):
+        assert kind == "ShardingError"
+        assert f"is {how}, and with replicate_layers={asked} it should not be" in said
+
+
+def test_it_does_not_go_with_offloading() -> None:
+    with pytest.raises(ValueError, match="replicate_layers='all' with offloading"):
+        ShardingPolicy(replicate_layers="all", cpu_offload=True)
+
+
 def need_of(rank: int, folder: str, replicate: int | str | None) -> Any:
     """Return what loading was expected to take."""
     from hf_qlora_fsdp import loader
@@ -145,10 +196,17 @@ def need_of(rank: int, folder: str, replicate: int | str | None) -> Any:
         policy = ShardingPolicy(replicate_layers=replicate)
         model: nn.Module = load_quantized_model(folder, policy=policy, progress=False)
     held = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in base_model(model).parameters())
-    return needs[0].resident_bytes, held
+    return needs[0], held
 
 
 @pytest.mark.parametrize("replicate", [None, 5, "all"])
 def test_the_room_it_takes_is_asked_for(ranks: RankPool, folder: str, replicate: int | str | None) -> None:
-    for expected, held in ranks.run(need_of, folder, replicate):
-        assert expected == held
+    needs = {}
+    for cut in (None, replicate):
+        for need, held in ranks.run(need_of, folder, cut):
+            assert need.resident_bytes == held
+            needs[cut] = need
+    assert needs[replicate].resident_bytes - needs[None].resident_bytes == needs[replicate].replicated_bytes // 2
+    with pytest.raises(DoesNotFitError) as error:
+        check_fits("a model", needs[replicate], "cuda", {"cuda": 0})
+    assert ("Write a smaller replicate_layers" in str(error.value)) == (replicate is not None)

@@ -33,6 +33,7 @@ class Need:
         tensor_bytes (`int`): The largest T, which is on the host while it is read.
         world_size (`int`): Ranks that share the weights.
         ranks_per_host (`int`): Ranks that share a host's memory.
+        replicated_bytes (`int`): Of what stays, what every rank holds whole (`replicate_layers`).
     """
 
     resident_bytes: int
@@ -44,6 +45,7 @@ class Need:
     staging_bytes: int = 0
     mapped: bool = False
     kept: bool = False
+    replicated_bytes: int = 0
 
     def peak(self, device_type: str) -> dict[str, int]:
         """Return the peak by place: `"cuda"` for one card, `"host"` and `"disk"` for all ranks of a host together."""
@@ -102,6 +104,9 @@ def _advice(place: str, need: Need) -> str:
     more = f"Launch more ranks (torchrun --nproc_per_node {2 * need.world_size})"
     if place == "disk":
         return "Free some, or name a folder on a larger disk."
+    if place == "cuda" and need.replicated_bytes:
+        size = format_bytes(need.replicated_bytes)
+        return f"Write a smaller replicate_layers, or leave it out: layers that are whole on every card take {size}."
     if place == "cuda":
         return f"{more}, or write cpu_offload=True." if not need.offloaded_bytes else f"{more} on larger cards."
     if need.offloaded_bytes and not need.mapped:

@@ -20,8 +20,8 @@ the unit computes (`sharding_policy.py`). In the backward it is that of the next
 nothing and copies its shards into the parameters: once, or twice where they come from the host. A head that is tied to
 the embedding stays gathered with it for the whole step.
 
-**Replicated layers** are held whole. What they gather is their adapters, which stay for the whole step, and whose
-gradients are reduced for some layers together (`sharding_policy.py`).
+**Replicated layers** are held whole. What they gather is their adapters, which stay until their backward, and whose
+gradients are reduced for some layers together (`sharding_policy.py`); how many of them are still there is not followed.
 
 **x.** With checkpointing it is all that a layer keeps. Offloaded, the last five tensors are left on the card in the
 forward, since they may still be on their way (at the loss three of these are the norm's), and the layer's own in the
@@ -167,10 +167,13 @@ class _Step:
             (layer, _try(weight, layer.kind, settings, index < again)) for index, layer in enumerate(weight.layers)
         ]
         self.embedding, self.head = _ends(weight)
-        # To the step's end adapters of replicated layers are gathered, and an embedding that is the head, too.
+        # An embedding that is the head, too, is gathered until the step's end; adapters of replicated layers until the
+        # end of their backward.
+        self.tied = self.embedding.parts.gathered(self.ranks) if self.embedding and not self.head else 0
         self.replicated = settings.replicated(weight)
-        self.stays = sum(layer.parts.gathered(self.ranks) for layer in weight.layers if self._is_whole(layer))
-        self.stays += self.embedding.parts.gathered(self.ranks) if self.embedding and not self.head else 0
+        adapters = sum(layer.parts.gathered(self.ranks) for layer in weight.layers if self._is_whole(layer))
+        self.stays = self.tied + adapters
+        self.at_once = min(ADAPTERS_AT_ONCE, len(self.replicated))
         self.offloaded = settings.offloaded(weight)
         text_config = weight.config.get_text_config()
         self.hidden, self.num_words = settings.tokens * text_config.hidden_size, text_config.vocab_size
@@ -183,7 +186,7 @@ class _Step:
         yield from self._loss()
         yield from self._backward()
         gradients = sum(_gradients(self.weight, self.ranks))
-        yield self._moment("optimizer", {"gathered units": self.stays, "gradients": gradients})
+        yield self._moment("optimizer", {"gathered units": self.tied, "gradients": gradients})
 
     def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(name, (self.held, *parts))
@@ -225,8 +228,8 @@ class _Step:
         norm = try_norm(self.weight, settings)
         end = head or self.embedding
         trained_numel = end.parts.trained_numel(1) if end else 0
-        whole = head.parts.gathered(self.ranks) if head else self.stays
-        gathered = self._copied(head) if head else whole
+        whole = self.stays + (head.parts.gathered(self.ranks) if head else 0)
+        gathered = self.stays + (self._copied(head) if head else 0)
         yield self._moment("gathering head", {"gathered units": gathered, "kept activations": kept})
         around = {"kept activations": kept + norm.kept}
         # The norm's output, and of it the rows that count; with a frozen head their gradient, in part in float32.
@@ -246,17 +249,18 @@ class _Step:
         is_last = self.embedding and self.head and self.embedding.parts.trained_numel(1)
         last = self.embedding if is_last else None
         below = [0 if offloading else total for total in accumulate(trial.kept for _, trial in layers)]
-        reduced = previous = 0
+        reduced = previous = waiting = 0
         for index, (layer, trial) in reversed(list(enumerate(layers))):
             kept = self.leaf + (below[index - 1] if index else 0)
             ahead = layers[index - 1][0] if index else last
             gathered = self.stays + self._gathered(layer)
             gathered += self._gathered(ahead) if ahead and self.ranks > 1 else 0
-            sizes = {"gathered units": gathered, "kept activations": kept, "gradients": reduced + previous}
+            sizes = {"gathered units": gathered, "kept activations": kept, "gradients": reduced + previous + waiting}
             yield self._moment(f"layer {index}, backward", sizes, trial.backward)
-            # The whole gradient in float32 stays until the next unit has its own.
-            trained = layer.parts.trained_numel(self.ranks)
-            previous = 4 * trained * (ADAPTERS_AT_ONCE if self._is_whole(layer) else 1)
+            # The whole gradient in float32 stays until the next unit has its own. Of replicated layers it is that of
+            # some together, whose own gradients wait for the last one's.
+            trained, together = layer.parts.trained_numel(self.ranks), self.at_once if self._is_whole(layer) else 1
+            previous, waiting = 4 * trained * together, self.itemsize * trained * (together - 1)
             reduced += 4 * trained // self.ranks
 
 

@@ -57,7 +57,8 @@ class Change:
     """Something that would let the model fit.
 
     Args:
-        option (`str`): The argument of `plan` to change: `"device_memory"`, `"host_memory"`, `"num_gpus"` or `"seq"`.
+        option (`str`): The argument of `plan` to change: `"device_memory"`, `"host_memory"`, `"num_gpus"`, `"seq"`
+            or, where it is among the fixed settings, `"replicate_layers"`.
         value (`int`): What to change it to.
         factor (`float`): How many times more (or, of `seq`, less) that is.
         text (`str`): In words.
@@ -169,6 +170,10 @@ class Search:
             need = machine.host_bytes + min(missing_on_host(one.estimate, machine) for one in on_card)
             text = f"{format_bytes(need)} of host memory instead of {format_bytes(machine.host_bytes)}"
             changes.append(Change("host_memory", need, need / machine.host_bytes, text))
+        if start.replicate_layers is not None:
+            fewer = Search(self.weight, machine, self.fixed | {"replicate_layers": None})
+            if fewer._fits(replace(start, replicate_layers=None), batches):
+                changes.append(Change("replicate_layers", 0, 1.0, "no layers whole on every card"))
         for count in self._more_gpus():
             if self._fits_with(count, start, batches):
                 changes.append(Change("num_gpus", count, count / machine.num_gpus, f"{count} cards of this kind"))

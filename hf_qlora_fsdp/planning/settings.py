@@ -123,6 +123,9 @@ def check_settings(settings: Settings, num_layers: int) -> None:
     for name, least in numbers.items():
         if getattr(settings, name) < least:
             raise ValueError(f"{name}={getattr(settings, name)}: there is nothing to train. Give {least} or more.")
+    replicated = settings.replicate_layers
+    if replicated not in (None, "all"):
+        check_count("replicate_layers", replicated)
     for name in ("cpu_offload_layers", "checkpoint_layers", "replicate_layers"):
         value = getattr(settings, name)
         if value not in (None, "all") and not 0 <= value <= num_layers:
@@ -130,11 +133,16 @@ def check_settings(settings: Settings, num_layers: int) -> None:
                 f"{name}={value}, but the model has {num_layers} decoder layers. Write a number up to {num_layers}, or "
                 "leave it out."
             )
+    if replicated is not None and settings.cpu_offload:
+        raise ValueError(
+            f"replicate_layers={replicated!r} with cpu_offload=True: one spends memory of the cards to save time, the "
+            "other time to save memory of the cards. Leave one of them out."
+        )
     if not is_possible(settings, num_layers):
         raise ValueError(
             "activation_offloading, checkpoint_layers, gradient_checkpointing=False and cpu_offload_layers without "
-            f"cpu_offload, or with replicate_layers, do not go together as in {settings}: activations are offloaded "
-            "where all layers compute theirs again, and layers where there is offloading. Leave one of them out."
+            f"cpu_offload do not go together as in {settings}: activations are offloaded where all layers compute "
+            "theirs again, and layers where there is offloading. Leave one of them out."
         )
 
 

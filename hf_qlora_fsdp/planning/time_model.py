@@ -100,9 +100,12 @@ def bound_time(weight: ModelWeight, settings: Settings, card: Card, link: float,
     itemsize = weight.param_dtype.itemsize
     unpacked = (weight.num_packed * (2 + again) - counted.spared * again) * (0.5 + itemsize)
 
-    layers = settings.lay_out(weight).layers
-    gathered = sum(unit.parts.gathered(ranks) for unit in layers)
-    received = 2 * gathered * (ranks - 1) / ranks
+    replicated = settings.replicated(weight)  # their adapters are gathered once
+    gathered = sum(
+        unit.parts.gathered(ranks) * (1 if unit.unit.name in replicated else 2)
+        for unit in settings.lay_out(weight).layers
+    )
+    received = gathered * (ranks - 1) / ranks
     offloaded = settings.offloaded(weight)
     regions = sum(unit.parts.frozen_matrices.region(ranks) for unit in weight.units if unit.unit.name in offloaded)
     kept = tokens * weight.config.get_text_config().hidden_size * itemsize * len(layers)
