@@ -495,6 +495,8 @@ def test_replicated_layers_are_a_number_or_all(make):
     [
         {"replicate_layers": "most"},
         {"replicate_layers": 0},
+        {"replicate_layers": True},
+        {"replicate_layers": 2.7},
         {"replicate_layers": 2, "cpu_offload_layers": 2},
         {"replicate_layers": "all", "cpu_offload_trainable": True},
     ],
